@@ -1,0 +1,161 @@
+"""Every error that plora raises on purpose, and the exit code that a command ends with.
+
+    PloraError                     1
+    ├── UsageError                 2   a flag or argument that cannot be honoured
+    ├── ArtifactError              3   a file of ours that cannot be trusted
+    │   ├── MissingFile                it is not there
+    │   ├── DamagedFile                size, hash or content is wrong
+    │   ├── ManifestError              a key is unknown, missing or of the wrong type
+    │   └── WrongPair                  halves, cores or basis that do not belong together
+    ├── PlanError                  4   an exchange plan that is not legal
+    │   └── UnsupportedPlan            legal, but this release does not run it
+    ├── ModelError                 5   a checkpoint, adapter or data row that cannot be used
+    │   ├── UnsupportedModel
+    │   ├── AdapterError
+    │   └── DataError
+    ├── VerificationError          6   the halves do not compute what the unsplit model computes
+    ├── ProtocolError              7   a frame that breaks the protocol
+    │   ├── LocalProtocolError         we are about to break it
+    │   └── RemoteProtocolError        the peer broke it
+    ├── Refused                    8   the cloud said no; it stands, try as it says
+    │   ├── RefusedContract            it serves another artifact
+    │   ├── RefusedVersion             it speaks another protocol major
+    │   ├── RefusedDtype               it lacks the wire dtype
+    │   ├── RefusedFrame               it says that we broke the protocol
+    │   ├── ServerFull
+    │   ├── ServerStopping
+    │   ├── SessionExpired             idle for too long
+    │   └── CloudFailed                something broke there
+    ├── Unreachable                9   no connection, or it was lost
+    ├── ContextOverflow           10   more tokens than the context holds
+    └── (Ctrl-C)                 130
+
+A message says what was got, what was expected, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class PloraError(Exception):
+    """Base of all errors that a user can act on."""
+
+    exit_code = 1
+
+
+class UsageError(PloraError):
+    exit_code = 2
+
+
+class ArtifactError(PloraError):
+    exit_code = 3
+
+
+class MissingFile(ArtifactError):
+    pass
+
+
+class DamagedFile(ArtifactError):
+    pass
+
+
+class ManifestError(ArtifactError):
+    pass
+
+
+class WrongPair(ArtifactError):
+    pass
+
+
+class PlanError(PloraError):
+    exit_code = 4
+
+
+class UnsupportedPlan(PlanError):
+    pass
+
+
+class ModelError(PloraError):
+    exit_code = 5
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class AdapterError(ModelError):
+    pass
+
+
+class DataError(ModelError):
+    pass
+
+
+class VerificationError(PloraError):
+    exit_code = 6
+
+
+class ProtocolError(PloraError):
+    exit_code = 7
+
+
+class LocalProtocolError(ProtocolError):
+    pass
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke the protocol.
+
+    `code` is the name of the wire fault code to answer with (protocol/faults.py).
+    """
+
+    def __init__(self, message: str, code: str = "BAD_FRAME") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Refused(PloraError):
+    exit_code = 8
+
+    def __init__(self, message: str, retry_after_millis: int = 0) -> None:
+        super().__init__(message)
+        self.retry_after_millis = retry_after_millis
+
+
+class RefusedContract(Refused):
+    pass
+
+
+class RefusedVersion(Refused):
+    pass
+
+
+class RefusedDtype(Refused):
+    pass
+
+
+class RefusedFrame(Refused):
+    pass
+
+
+class ServerFull(Refused):
+    pass
+
+
+class ServerStopping(Refused):
+    pass
+
+
+class SessionExpired(Refused):
+    pass
+
+
+class CloudFailed(Refused):
+    pass
+
+
+class Unreachable(PloraError):
+    exit_code = 9
+
+
+class ContextOverflow(PloraError):
+    exit_code = 10

@@ -1,0 +1,110 @@
+"""The manifests of the two halves: versioned, strict, hashed. An artifact folder is the only bridge from export to run time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from .errors import DamagedFile, ManifestError, MissingFile
+from .hashes import Contract, FileRecord, check_file
+from .plan import require_runnable
+from .shape import check_fits
+from .strict import decode, plain
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 4 << 20
+"""A manifest of a 1,000-layer model with all targets is under 1 MiB; more is not a manifest."""
+
+
+@dataclass(frozen=True)
+class CloudManifest:
+    """`out/cloud/manifest.json`. dtype: of the weights and the KV cache."""
+
+    format: str
+    version: int
+    made_by: str
+    contract_hash: str
+    contract: Contract
+    dtype: str
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class EdgeManifest:
+    """`out/edge/manifest.json`. dtype: of the table(s); tied: embedding and head are one table."""
+
+    format: str
+    version: int
+    made_by: str
+    contract_hash: str
+    contract: Contract
+    dtype: str
+    tied: bool
+    files: dict[str, FileRecord]
+
+
+Manifest = TypeVar("Manifest", CloudManifest, EdgeManifest)
+FORMATS: dict[type, str] = {CloudManifest: "plora-cloud", EdgeManifest: "plora-edge"}
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a small file. Raises MissingFile or DamagedFile."""
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise DamagedFile(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFile(f"{path}: not found; is {path.parent} the folder that you meant?") from None
+    except OSError as error:
+        raise DamagedFile(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DamagedFile(f"{path}: not valid JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(cls: type[Manifest], folder: Path) -> Manifest:
+    """The manifest of `folder`, its contract checked; the files are not touched.
+
+    Raises MissingFile, DamagedFile, ManifestError, PlanError.
+    """
+    path = folder / MANIFEST
+    value = read_json(path)
+    where = str(path)
+    if isinstance(value, dict):  # format and version first: they explain every other difference
+        if value.get("format") != FORMATS[cls]:
+            raise ManifestError(f"{where}.format: got {value.get('format')!r}, expected {FORMATS[cls]!r}")
+        if value.get("version") != FORMAT_VERSION:
+            raise ManifestError(
+                f"{where}.version: got {value.get('version')!r}, this plora reads {FORMAT_VERSION}; export again"
+            )
+    manifest = decode(cls, value, where)
+    check_fits(manifest.contract.plan, manifest.contract.shape)
+    require_runnable(manifest.contract.plan)
+    if manifest.contract.hash != manifest.contract_hash:
+        raise ManifestError(
+            f"{where}.contract_hash: got {manifest.contract_hash[:16]}…, but the contract hashes to "
+            f"{manifest.contract.hash[:16]}…: the manifest was edited; export again"
+        )
+    for name in manifest.files:
+        if PurePosixPath(name).name != name or name in ("", ".", ".."):
+            raise ManifestError(f"{where}.files.{name}: not a plain file name")
+    return manifest
+
+
+def check_files(folder: Path, manifest: CloudManifest | EdgeManifest, only: frozenset[str] | None = None) -> None:
+    """Raises MissingFile or DamagedFile for the first listed file (of `only`) that is not as recorded."""
+    for name, record in manifest.files.items():
+        if only is None or name in only:
+            check_file(folder / name, record)
+
+
+def require_file(manifest: CloudManifest | EdgeManifest, folder: Path, name: str) -> Path:
+    if name not in manifest.files:
+        raise ManifestError(f"{folder / MANIFEST}.files: {name} is not listed; export again")
+    return folder / name

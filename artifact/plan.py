@@ -1,0 +1,253 @@
+"""The exchange plan: which layers run where, and who is adapted from what.
+
+    y_t = W_t x_t + s · B_t M_t A u        u: output of the *source* layer's input RMSNorm
+
+The plan fixes, for every adapted layer, its source, its targets and their ranks. Exchanges, segments and columns follow
+from it and are never written down (docs/exchange-plans.md). Method: PrivateLoRA, arXiv 2311.14030, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .errors import PlanError, UnsupportedPlan
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Target projections of a decoder layer, in the order in which a layer computes them."""
+
+SHARED = "shared"
+"""Name of the one down-projection of a source that all of its targets read."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A layer whose u feeds adapters.
+
+    ranks: (name, rank) of each down-projection A `[rank, hidden]`: one named "shared", or one per target name.
+    on_device: the device holds this A (an entry source); else the cloud does and one exchange carries it.
+    """
+
+    layer: int
+    ranks: tuple[tuple[str, int], ...]
+    on_device: bool = False
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A layer with adapters: where they read from, and (target, out_rank) of each core M `[out_rank, rank]`."""
+
+    layer: int
+    source: int
+    out_ranks: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where one core M reads and writes: compressed[:, down_start:down_stop] -> injection[:, up_start:up_stop]."""
+
+    layer: int
+    target: str
+    down: str
+    down_start: int
+    down_stop: int
+    up_start: int
+    up_stop: int
+
+    @property
+    def rank(self) -> int:
+        return self.down_stop - self.down_start
+
+    @property
+    def out_rank(self) -> int:
+        return self.up_stop - self.up_start
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One network round trip inside a step: compressed `[T, compressed_columns]` down, injection `[T, ...]` up."""
+
+    index: int
+    source: int
+    compressed_columns: int
+    injection_columns: int
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Cloud layers `first <= layer < stop` that run without the network; it starts with exchange `exchange`, if any."""
+
+    index: int
+    first: int
+    stop: int
+    exchange: int | None
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """layers: of the whole decoder; the first `front_layers` and last `back_layers` of them run on the device.
+
+    Raises PlanError, with the layer, for a plan that is not legal.
+    """
+
+    layers: int
+    front_layers: int
+    back_layers: int
+    sources: tuple[Source, ...]
+    adapted: tuple[AdaptedLayer, ...]
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise PlanError(f"plan has {self.layers} layers, expected at least 1")
+        if self.front_layers < 0 or self.back_layers < 0 or self.front_layers + self.back_layers >= self.layers:
+            raise PlanError(
+                f"front_layers {self.front_layers} and back_layers {self.back_layers} must be >= 0 and leave the cloud "
+                f"at least one of {self.layers} layers"
+            )
+        self._check_sources()
+        self._check_adapted()
+
+    def _check_sources(self) -> None:
+        layers = [source.layer for source in self.sources]
+        if layers != sorted(set(layers)):
+            raise PlanError(f"sources {layers} must be in rising order, each layer once")
+        used = {adapted.source for adapted in self.adapted}
+        for source in self.sources:
+            at = f"source {source.layer}"
+            if source.layer not in used:
+                raise PlanError(f"{at} feeds no layer: leave it out")
+            if not self.front_layers <= source.layer < self.layers - self.back_layers:
+                raise PlanError(
+                    f"{at} lies outside the cloud's layers {self.front_layers}..{self.layers - self.back_layers - 1}"
+                )
+            if source.on_device and source.layer != self.front_layers:
+                raise PlanError(f"{at} is on the device, but only the entry layer {self.front_layers} can be")
+            names = [name for name, _ in source.ranks]
+            if names != [SHARED] and (not names or names != [target for target in TARGETS if target in names]):
+                raise PlanError(f"{at} has down-projections {names}, expected ['{SHARED}'] or targets in the order {TARGETS}")
+            for name, rank in source.ranks:
+                if rank < 1:
+                    raise PlanError(f"{at}, down-projection {name}: rank {rank}, expected at least 1")
+
+    def _check_adapted(self) -> None:
+        layers = [adapted.layer for adapted in self.adapted]
+        if layers != sorted(set(layers)):
+            raise PlanError(f"adapted layers {layers} must be in rising order, each once")
+        sources = {source.layer: dict(source.ranks) for source in self.sources}
+        for adapted in self.adapted:
+            at = f"layer {adapted.layer}"
+            if not self.front_layers <= adapted.layer < self.layers - self.back_layers:
+                raise PlanError(
+                    f"{at} is adapted, but only the cloud's layers "
+                    f"{self.front_layers}..{self.layers - self.back_layers - 1} can be"
+                )
+            if adapted.source > adapted.layer:
+                raise PlanError(f"{at} has source {adapted.source}, which lies after it; a source runs first")
+            if adapted.source not in sources:
+                raise PlanError(f"{at} has source {adapted.source}, which is not among the sources {sorted(sources)}")
+            names = [target for target, _ in adapted.out_ranks]
+            if not names or names != [target for target in TARGETS if target in names]:
+                raise PlanError(f"{at} has targets {names}, expected some of {TARGETS} in that order")
+            ranks = sources[adapted.source]
+            for target, out_rank in adapted.out_ranks:
+                if out_rank < 1:
+                    raise PlanError(f"{at}, target {target}: out_rank {out_rank}, expected at least 1")
+                if SHARED not in ranks and target not in ranks:
+                    raise PlanError(f"{at}, target {target}: source {adapted.source} has no down-projection for it")
+
+    @cached_property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The cloud's sources, in order: each is one round trip inside a step."""
+        cloud = [source for source in self.sources if not source.on_device]
+        return tuple(self._exchange(index, source) for index, source in enumerate(cloud))
+
+    @cached_property
+    def entry_exchange(self) -> Exchange | None:
+        """What the device computes by itself and sends with the entry (index -1), if the entry layer is a source."""
+        held = [source for source in self.sources if source.on_device]
+        return self._exchange(-1, held[0]) if held else None
+
+    def _exchange(self, index: int, source: Source) -> Exchange:
+        starts: dict[str, tuple[int, int]] = {}
+        compressed = 0
+        for name, rank in source.ranks:
+            starts[name] = (compressed, compressed + rank)
+            compressed += rank
+        columns: list[Column] = []
+        injection = 0
+        for adapted in self.adapted:
+            if adapted.source != source.layer:
+                continue
+            for target, out_rank in adapted.out_ranks:
+                down = SHARED if SHARED in starts else target
+                columns.append(Column(adapted.layer, target, down, *starts[down], injection, injection + out_rank))
+                injection += out_rank
+        return Exchange(index, source.layer, compressed, injection, tuple(columns))
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The cloud's layers, cut at the exchanges' sources and nowhere else."""
+        stop = self.layers - self.back_layers
+        cuts: list[tuple[int, int | None]] = [(exchange.source, exchange.index) for exchange in self.exchanges]
+        if not cuts or cuts[0][0] != self.front_layers:
+            cuts.insert(0, (self.front_layers, None))
+        ends = [first for first, _ in cuts[1:]] + [stop]
+        return tuple(
+            Segment(index, first, end, exchange)
+            for index, ((first, exchange), end) in enumerate(zip(cuts, ends, strict=True))
+        )
+
+    @property
+    def round_trips(self) -> int:
+        """Network round trips of one step: the exchanges, and the one from entry to exit."""
+        return len(self.exchanges) + 1
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of every core, exchange by exchange, the entry's first."""
+        exchanges = (self.entry_exchange, *self.exchanges) if self.entry_exchange else self.exchanges
+        return tuple(column for exchange in exchanges for column in exchange.columns)
+
+
+def paper_plan(
+    layers: int, rank: int, targets: tuple[str, ...] = ("q", "k", "v"), out_rank: int | None = None, separate: bool = False
+) -> ExchangePlan:
+    """The paper's plan: every layer is adapted from its own input, one exchange per layer (arXiv 2311.14030, 3.2)."""
+    return grouped_plan(layers, 1, rank, targets, out_rank, separate)
+
+
+def grouped_plan(
+    layers: int,
+    group: int,
+    rank: int,
+    targets: tuple[str, ...] = ("q", "k", "v"),
+    out_rank: int | None = None,
+    separate: bool = False,
+) -> ExchangePlan:
+    """One exchange per `group` layers: its source is the group's first layer."""
+    if group < 1:
+        raise PlanError(f"group of {group} layers, expected at least 1")
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown or len(set(targets)) != len(targets) or not targets:
+        raise PlanError(f"targets {list(targets)}, expected some of {list(TARGETS)}, each once")
+    ordered = [target for target in TARGETS if target in targets]
+    names = ordered if separate else [SHARED]
+    sources = tuple(Source(first, tuple((name, rank) for name in names)) for first in range(0, layers, group))
+    adapted = tuple(
+        AdaptedLayer(layer, layer - layer % group, tuple((target, out_rank or rank) for target in ordered))
+        for layer in range(layers)
+    )
+    return ExchangePlan(layers, 0, 0, sources, adapted)
+
+
+def require_runnable(plan: ExchangePlan) -> None:
+    """Raises UnsupportedPlan, naming the field, for what this release cannot run yet."""
+    if plan.front_layers or plan.back_layers:
+        raise UnsupportedPlan(
+            f"front_layers {plan.front_layers} and back_layers {plan.back_layers}: decoder layers on the device do not run "
+            "yet; expected 0 and 0"
+        )
+    for source in plan.sources:
+        if source.on_device:
+            raise UnsupportedPlan(f"source {source.layer} is on the device: the entry plan does not run yet; expected on_device false")

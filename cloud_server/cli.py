@@ -1,0 +1,63 @@
+"""`plora-cloud`: parses, calls one function, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+
+import click
+
+from ..artifact.console import CLICK_CONTEXT, reports_errors
+
+
+@click.group(context_settings=CLICK_CONTEXT)
+@click.version_option(package_name="plora")
+def main() -> None:
+    """The cloud half of a PrivateLoRA model."""
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--listen", default="127.0.0.1:7070", show_default=True, metavar="HOST:PORT", help="Where to listen; port 0 picks a free one.")
+@click.option("--kv-bytes", default=2 << 30, show_default=True, metavar="N", help="Budget of all sessions' KV caches, in bytes.")
+@click.option("--context", type=int, metavar="TOKENS", help="KV cache of one session. [default: the model's context, at most 2048]")
+@click.option("--threads", default=0, metavar="N", help="Threads of one matrix product. [default: torch's choice]")
+@click.option("--idle-seconds", default=300.0, show_default=True, metavar="S", help="A session that is silent for so long expires.")
+@click.option("--grace-seconds", default=10.0, show_default=True, metavar="S", help="Time for running steps after SIGTERM.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object once ready, instead of a line.")
+@click.option("--verbose", is_flag=True, help="Log sessions to standard error (never text, tokens or activations).")
+@reports_errors
+def serve(
+    folder: Path, listen: str, kv_bytes: int, context: int | None, threads: int, idle_seconds: float, grace_seconds: float, as_json: bool, verbose: bool
+) -> None:
+    """Serve the cloud half in DIR (the `cloud` folder of an export) until SIGTERM.
+
+    Prints `listening on HOST:PORT` once it accepts sessions. Everything that a session sends is a tensor of activations; text
+    and tokens stay on the device. This release has no TLS: listen on loopback or behind a proxy that has.
+    """
+    from .engine import Engine
+    from .serve import ServerConfig, serve
+    from .service import Limits
+
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    config = ServerConfig(folder, listen, kv_bytes, context, threads, grace_seconds, Limits(idle_seconds=idle_seconds))
+
+    def ready(address: str, engine: Engine) -> None:
+        pool = engine.pool
+        facts = {
+            "listening": address,
+            "contract": engine.contract.hash,
+            "sessions": pool.slots,
+            "context_tokens": pool.context_tokens,
+            "kv_bytes_per_session": pool.slot_bytes,
+            "round_trips_per_step": engine.plan.round_trips,
+        }
+        if as_json:
+            click.echo(json.dumps(facts))
+        else:
+            click.echo(f"{pool.slots} sessions of {pool.context_tokens} tokens ({pool.slot_bytes:,} bytes of KV cache each)")
+            click.echo(f"listening on {address}")
+
+    asyncio.run(serve(config, ready))

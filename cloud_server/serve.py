@@ -1,0 +1,89 @@
+"""The server process: artifact in, port out, health, and a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from ..artifact.errors import UsageError
+from ..protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE
+from .engine import Engine
+from .service import Limits, Service
+
+log = logging.getLogger("plora.cloud")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """kv_bytes: budget of the KV pool; context_tokens: of one session, None for the default; threads: of each product,
+    0 for torch's own choice; grace_seconds: for running steps when told to stop."""
+
+    folder: Path
+    listen: str = "127.0.0.1:7070"
+    kv_bytes: int = 2 << 30
+    context_tokens: int | None = None
+    threads: int = 0
+    grace_seconds: float = 10.0
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        host, colon, port = self.listen.rpartition(":")
+        if not colon or not host or not port.isdigit() or int(port) > 65535:
+            raise UsageError(f"--listen {self.listen}: expected HOST:PORT, port 0 to 65535 (0 picks a free one)")
+        for name, value in (("kv-bytes", self.kv_bytes), ("idle-seconds", self.limits.idle_seconds)):
+            if value <= 0:
+                raise UsageError(f"--{name} {value}: expected more than 0")
+        if self.threads < 0 or self.grace_seconds < 0:
+            raise UsageError(f"--threads {self.threads}, --grace-seconds {self.grace_seconds}: expected 0 or more")
+
+
+async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> None:
+    """Serves until SIGTERM or SIGINT; calls `ready(address, engine)` once it listens."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    engine = Engine(config.folder, config.kv_bytes, config.context_tokens)
+    engine.warm_up()
+    service = Service(engine, config.limits)
+    health = HealthServicer()
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+            ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ]
+    )
+    # Registered by name, without generated stubs: those would drag grpc into the protocol package.
+    handlers = {METHOD: grpc.stream_stream_rpc_method_handler(service.exchange)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    try:
+        port = server.add_insecure_port(config.listen)
+    except RuntimeError:
+        raise UsageError(f"--listen {config.listen}: cannot listen there (in use, not an address of this machine, or not allowed)") from None
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    serving = health_pb2.HealthCheckResponse.SERVING
+    for name in ("", SERVICE):
+        await health.set(name, serving)
+    ready(f"{config.listen.rpartition(':')[0]}:{port}", engine)
+    await stop.wait()
+    log.info("stopping: %d connections", len(service.connections))
+    await health.enter_graceful_shutdown()
+    await service.stop(config.grace_seconds)
+    await server.stop(1.0)
+    service.close()

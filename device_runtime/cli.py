@@ -1,0 +1,145 @@
+"""`plora-device`: parses, calls the API, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..artifact.console import CLICK_CONTEXT, reports_errors
+
+if TYPE_CHECKING:
+    from .api import Piece, PrivateSession
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@click.group(context_settings=CLICK_CONTEXT)
+@click.version_option(package_name="plora")
+def main() -> None:
+    """The device's half of a PrivateLoRA model: your text, your cores, your sampling."""
+
+
+def session_options(function: Command) -> Command:
+    options = [
+        click.option("--edge", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The `edge` folder of an export."),
+        click.option("--cloud", required=True, metavar="HOST:PORT", help="Where plora-cloud serves the other half."),
+        click.option("--cores", metavar="FILE", help="Another persona's cores.safetensors; `none` for the base model."),
+        click.option("--graphs", type=click.Choice(["onnx", "ort"]), default="onnx", show_default=True, help="Which of the two forms of the edge graphs to run."),
+        click.option("--wire-dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Of tensors on the network."),
+        click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads for the output head. [default: up to 4]"),
+        click.option("--max-tokens", type=int, metavar="N", help="Most new tokens. [default: the artifact's, else 256]"),
+        click.option("--temperature", type=float, metavar="T", help="0 is plain argmax. [default: the artifact's, else 0]"),
+        click.option("--top-k", type=int, metavar="K", help="Sample from the K best; 0 is off. [default: the artifact's, else 0]"),
+        click.option("--top-p", type=float, metavar="P", help="Sample from the best that sum to P. [default: the artifact's, else 1]"),
+        click.option("--repetition-penalty", type=float, metavar="R", help="1 is off. [default: the artifact's, else 1]"),
+        click.option("--seed", type=int, metavar="N", help="Same seed, same answer. [default: random]"),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be given more than once."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@main.command()
+@click.argument("prompt")
+@session_options
+@click.option("--system", metavar="TEXT", help="A system message before the prompt.")
+@click.option("--raw", is_flag=True, help="The prompt as it is: no chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token_ids, finish_reason, stats.")
+@click.option("--stats", is_flag=True, help="Print time to first token, tokens/s, bytes and round trips to standard error.")
+@reports_errors
+def generate(prompt: str, system: str | None, raw: bool, as_json: bool, stats: bool, **options: Any) -> None:
+    """Answer PROMPT, token by token."""
+    with open_from(options) as session:
+        sampling = session.sampling(**sampling_flags(options))
+        if raw:
+            pieces = session.stream_raw(prompt, sampling)
+        else:
+            messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
+            pieces = session.stream_chat(messages, sampling)
+        for piece in pieces:
+            if not as_json:
+                click.echo(piece.text, nl=False)
+        answer = session.answer
+        assert answer is not None  # the stream ended by itself
+        click.echo(json.dumps(answer.as_dict(), ensure_ascii=False) if as_json else "")
+        if stats:
+            print_stats(session)
+
+
+@main.command()
+@session_options
+@click.option("--system", metavar="TEXT", help="A system message before the conversation.")
+@click.option("--stats", is_flag=True, help="Print figures after each answer, to standard error.")
+@reports_errors
+def chat(system: str | None, stats: bool, **options: Any) -> None:
+    """Talk. Ctrl-C ends an answer, Ctrl-D the conversation; /reset forgets it."""
+    with open_from(options) as session:
+        sampling = session.sampling(**sampling_flags(options))
+        opening = [{"role": "system", "content": system}] if system else []
+        messages = list(opening)
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                click.echo()
+                return
+            if line == "/reset":
+                messages = list(opening)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                said = speak(session, session.stream_chat(messages, sampling))
+                messages.append({"role": "assistant", "content": said})
+                if stats and session.answer:
+                    print_stats(session)
+
+
+def speak(session: PrivateSession, pieces: Iterator[Piece]) -> str:
+    """Prints an answer as it comes; Ctrl-C ends it where it stands."""
+    said = ""
+    try:
+        for piece in pieces:
+            click.echo(piece.text, nl=False)
+            said += piece.text
+    except KeyboardInterrupt:
+        click.echo(" …", nl=False)
+    click.echo()
+    return said
+
+
+def open_from(options: dict[str, Any]) -> PrivateSession:
+    from .api import open_session
+
+    base_only = options["cores"] == "none"
+    return open_session(
+        options["edge"],
+        options["cloud"],
+        cores=None if base_only else options["cores"],
+        base_only=base_only,
+        graphs=options["graphs"],
+        threads=options["threads"] or min(4, os.cpu_count() or 1),
+        wire_dtype=options["wire_dtype"],
+    )
+
+
+def sampling_flags(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    return {**{name: options[name] for name in names}, "stop": options["stop"] or None}
+
+
+def print_stats(session: PrivateSession) -> None:
+    assert session.answer is not None
+    s = session.answer.stats
+    click.echo(
+        f"[first token {s.ttft_seconds:.2f} s; {s.tokens_per_second:.1f} tokens/s; {s.new_tokens} new, {s.prompt_tokens} prompt tokens, "
+        f"{s.cached_tokens} of them cached; per token {s.bytes_up_per_token:,.0f} bytes up, {s.bytes_down_per_token:,.0f} down, "
+        f"{s.round_trips_per_token:.0f} round trips; in all {s.bytes_up:,} bytes up, {s.bytes_down:,} down]",
+        err=True,
+    )
+
+

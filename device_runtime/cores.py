@@ -1,0 +1,61 @@
+"""A persona's cores, read from their file and laid out for one matrix product per exchange."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from ..artifact.errors import DamagedFile, MissingFile, WrongPair
+from ..artifact.names import CORES_FORMAT, core_name
+from ..artifact.plan import Exchange, ExchangePlan
+
+Floats = NDArray[np.float32]
+
+
+def read_cores(path: Path, plan: ExchangePlan, basis: str) -> dict[int, Floats]:
+    """Exchange index -> its cores as one block matrix [I, C], zero where a core does not read a column.
+
+    Raises MissingFile, DamagedFile, or WrongPair for the cores of another basis.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            cores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except FileNotFoundError:
+        raise MissingFile(f"{path}: not found; pass the cores.safetensors of a persona") from None
+    except (SafetensorError, OSError, TypeError) as error:
+        raise DamagedFile(f"{path}: not a readable safetensors file: {error}") from None
+    if metadata.get("format") != CORES_FORMAT:
+        raise DamagedFile(f"{path}: format {metadata.get('format')!r}, expected {CORES_FORMAT!r}: is it a cores file?")
+    if metadata.get("basis") != basis:
+        raise WrongPair(
+            f"{path}: cores for basis {str(metadata.get('basis'))[:16]}…, but the edge half has {basis[:16]}…; "
+            "export them with plora-export --cores-only from an adapter on this basis"
+        )
+    blocks = zero_cores(plan)
+    names = {core_name(column.layer, column.target) for column in plan.columns}
+    if set(cores) != names:
+        odd = sorted(set(cores) ^ names)[0]
+        raise DamagedFile(f"{path}: tensor {odd} is {'unknown' if odd in cores else 'missing'}; the plan has {len(names)} cores")
+    for exchange in _exchanges(plan):
+        for column in exchange.columns:
+            name = core_name(column.layer, column.target)
+            core = cores[name]
+            if core.shape != (column.out_rank, column.rank) or core.dtype != np.float32 or not np.isfinite(core).all():
+                raise DamagedFile(
+                    f"{path}: {name} is {list(core.shape)} {core.dtype}, expected finite [{column.out_rank}, {column.rank}] float32"
+                )
+            blocks[exchange.index][column.up_start : column.up_stop, column.down_start : column.down_stop] = core
+    return blocks
+
+
+def zero_cores(plan: ExchangePlan) -> dict[int, Floats]:
+    """Cores that change nothing: the base model."""
+    return {e.index: np.zeros((e.injection_columns, e.compressed_columns), np.float32) for e in _exchanges(plan)}
+
+
+def _exchanges(plan: ExchangePlan) -> tuple[Exchange, ...]:
+    return (plan.entry_exchange, *plan.exchanges) if plan.entry_exchange else plan.exchanges

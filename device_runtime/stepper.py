@@ -1,0 +1,103 @@
+"""One step over the wire: entry, exchanges, exit. The device's half of the walk."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from ..artifact.errors import LocalProtocolError, PloraError, ProtocolError, RemoteProtocolError, Unreachable
+from ..artifact.plan import Exchange
+from ..artifact.walk import BackLayers, Entry, Exit, FrontLayers, walk
+from ..protocol.session import CancelDone, ClosedDone, CompressedArrived, DeviceSession, Opened, StepDone, Terms
+from ..protocol.states import State
+from .cores import Floats
+from .edge import Edge
+from .transport import Transport
+
+
+@dataclass
+class Counters:
+    """Since the session began. round_trips: times that the device waited for the cloud; steps: with an exit."""
+
+    steps: int = 0
+    tokens: int = 0
+    round_trips: int = 0
+
+
+class Stepper:
+    """Drives one session's machine over one transport. Not for two tasks at a time."""
+
+    def __init__(self, edge: Edge, transport: Transport, dtype: str) -> None:
+        self.edge = edge
+        self.transport = transport
+        self.machine = DeviceSession(edge.plan, edge.shape, edge.contract.hash, dtype)
+        self.stages = walk(edge.plan)
+        self.counters = Counters()
+
+    async def open(self) -> Terms:
+        """Handshake. Raises Refused's children, Unreachable."""
+        await self.transport.send(self.machine.hello())
+        event = await self._receive()
+        assert isinstance(event, Opened)  # the machine lets nothing else through
+        return event.terms
+
+    async def step(self, ids: list[int], exit_rows: int) -> Floats:
+        """Feeds T new tokens; returns the last `exit_rows` rows of the exit [exit_rows, hidden] float32."""
+        hidden = self.edge.embed(ids)
+        for stage in self.stages:
+            if isinstance(stage, Entry):
+                await self.transport.send(self.machine.entry(hidden, exit_rows))
+            elif isinstance(stage, Exchange):
+                event = await self._receive()
+                assert isinstance(event, CompressedArrived)
+                await self.transport.send(self.machine.injections(self.edge.inject(stage, event.values)))
+            elif isinstance(stage, Exit):
+                event = await self._receive()
+                assert isinstance(event, StepDone)
+                hidden = event.hidden
+            elif isinstance(stage, FrontLayers | BackLayers):
+                raise LocalProtocolError(f"{stage}: device layers do not run in this release")
+        self.counters.steps += 1
+        self.counters.tokens += len(ids)
+        return hidden
+
+    async def truncate(self, length: int) -> None:
+        await self.transport.send(self.machine.truncate(length))
+
+    async def cancel(self) -> None:
+        """After an interrupted step: the cloud's cache is as before it. Does nothing between steps."""
+        if self.machine.state not in (State.COMPUTING, State.WAITING):
+            return
+        async with asyncio.timeout(self.transport.deadlines.close_seconds):
+            await self.transport.send(self.machine.cancel())
+            while not isinstance(await self._receive(), CancelDone):
+                pass  # frames that crossed ours
+
+    async def close(self) -> None:
+        """Says good-bye if there is still somebody to say it to; never raises."""
+        try:
+            if self.machine.state not in (State.START, State.OVER):
+                async with asyncio.timeout(self.transport.deadlines.close_seconds):
+                    await self.transport.send(self.machine.close())
+                    while not isinstance(await self._receive(), ClosedDone):
+                        pass
+        except (PloraError, TimeoutError):
+            pass
+        finally:
+            await self.transport.close()
+
+    async def _receive(self) -> object:
+        """One event; tells the cloud before it gives up on it."""
+        if self.machine.state in (State.GREETED, State.COMPUTING):
+            self.counters.round_trips += 1
+        try:
+            data = await self.transport.receive()
+        except Unreachable as error:
+            raise Unreachable(f"{error} (step {self.machine.step}, {self.machine.length} tokens done)") from None
+        try:
+            return self.machine.receive(data)
+        except RemoteProtocolError as error:
+            await self.transport.send(self.machine.abort(error.code))
+            raise RemoteProtocolError(f"the cloud broke the protocol: {error}", error.code) from None
+        except ProtocolError:
+            raise

@@ -1,0 +1,1 @@
+"""Checkpoint and adapter to an artifact folder: cloud half (TorchScript), edge half (ONNX), verified, then published."""

@@ -1,0 +1,287 @@
+"""The cloud half as modules that TorchScript can compile: segments of decoder layers, the KV cache an argument.
+
+Shapes: B sessions, T new tokens (the longest row's), H hidden, L cached + new tokens. Dtype: that of the weights.
+
+    segment.open(hidden)  -> u, compressed      what the exchange sends, as early as it is known
+    segment.ahead(u)      -> qkv                what can be computed while it is in flight
+    segment.run(...)      -> hidden             the rest, once the injections are here
+
+Decoder: Llama (arXiv 2302.13971), grouped-query attention (arXiv 2305.13245), rope (arXiv 2104.09864).
+"""
+
+from __future__ import annotations
+
+from typing import Any, List, Tuple  # noqa: UP035  TorchScript reads these
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..artifact.names import down_name, up_name
+from ..artifact.plan import Column, Exchange, ExchangePlan, Segment
+from ..artifact.shape import DecoderShape
+from ..models.adapter import Adapter
+
+FIRST_MASK = 5
+"""Where the masks start in the list that CloudGraph.tables returns (TorchScript sees no named constants of a module)."""
+
+
+class UpProjection(nn.Module):
+    """Adds s · B (M A u) to one target's columns of a projection's output, in place."""
+
+    def __init__(self, weight: Tensor, exchange: int, column: Column, offset: int) -> None:
+        super().__init__()
+        self.weight = weight  # s · B  [out, out_rank]
+        self.exchange = exchange + 1  # position 0 of the injections is the entry's
+        self.start = column.up_start
+        self.columns = column.out_rank
+        self.offset = offset
+        self.width = weight.shape[0]
+
+    def forward(self, y: Tensor, injections: List[Tensor]) -> Tensor:
+        injection = injections[self.exchange].narrow(-1, self.start, self.columns)
+        y.narrow(-1, self.offset, self.width).add_(F.linear(injection, self.weight))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + ε) · weight, the mean in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class Layer(nn.Module):
+    """One decoder layer; q/k/v and gate/up are one matrix each. Its injections come from any exchange so far."""
+
+    def __init__(self, layer: Any, cache_index: int, mask: int, shape: DecoderShape, ups: "LayerUps") -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.kv_heads = shape.kv_heads
+        self.head_dim = shape.head_dim
+        self.query_width = shape.query_width
+        self.kv_width = shape.kv_width
+        self.cache_index = cache_index
+        self.mask = mask
+        attention, mlp = layer.self_attn, layer.mlp
+        self.input_norm = RMSNorm(layer.input_layernorm.weight.data, shape.epsilon)
+        self.mlp_norm = RMSNorm(layer.post_attention_layernorm.weight.data, shape.epsilon)
+        self.qkv, self.qkv_bias = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o, self.o_bias = fuse(attention.o_proj)
+        self.gate_up, self.gate_up_bias = fuse(mlp.gate_proj, mlp.up_proj)
+        self.down, self.down_bias = fuse(mlp.down_proj)
+        self.qkv_ups = ups.of({"q": 0, "k": shape.query_width, "v": shape.query_width + shape.kv_width})
+        self.o_ups = ups.of({"o": 0})
+        self.gate_up_ups = ups.of({"gate": 0, "up": shape.intermediate})
+        self.down_ups = ups.of({"down": 0})
+
+    def project(self, u: Tensor) -> Tensor:
+        """u [B, T, H] -> q, k and v side by side, before any injection."""
+        return F.linear(u, self.qkv, self.qkv_bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        qkv: Tensor,
+        injections: List[Tensor],
+        tables: List[Tensor],
+        slots: Tensor,
+        lengths: Tensor,
+        keys: List[Tensor],
+        values: List[Tensor],
+    ) -> Tensor:
+        for up in self.qkv_ups:
+            qkv = up(qkv, injections)
+        attended = self.attend(qkv, tables, slots, lengths, keys[self.cache_index], values[self.cache_index])
+        y = F.linear(attended, self.o, self.o_bias)
+        for up in self.o_ups:
+            y = up(y, injections)
+        hidden = hidden + y
+        y = F.linear(self.mlp_norm(hidden), self.gate_up, self.gate_up_bias)
+        for up in self.gate_up_ups:
+            y = up(y, injections)
+        gate, linear = y.chunk(2, -1)
+        y = F.linear(F.silu(gate) * linear, self.down, self.down_bias)
+        for up in self.down_ups:
+            y = up(y, injections)
+        return hidden + y
+
+    def attend(self, qkv: Tensor, tables: List[Tensor], slots: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Rope, cache write, attention. keys, values: one layer's pool [slots, kv_heads, capacity, head_dim]."""
+        B, T = qkv.shape[0], qkv.shape[1]
+        groups = self.heads // self.kv_heads
+        qk, v = qkv.split([self.query_width + self.kv_width, self.kv_width], -1)
+        qk = qk.view(B, T, self.heads + self.kv_heads, self.head_dim)
+        cos, sin, rows, row_slots, row_positions = tables[0], tables[1], tables[2], tables[3], tables[4]
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        q, k = qk.split([self.heads, self.kv_heads], 2)
+        v = v.view(B, T, self.kv_heads, self.head_dim)
+        if B == 1:
+            slot, length = int(slots), int(lengths)
+            own_keys, own_values = keys.narrow(0, slot, 1), values.narrow(0, slot, 1)
+            own_keys.narrow(2, length, T).copy_(k.transpose(1, 2))
+            own_values.narrow(2, length, T).copy_(v.transpose(1, 2))
+            seen = length + T
+        else:
+            keys.transpose(1, 2)[row_slots, row_positions] = k.flatten(0, 1)[rows]
+            values.transpose(1, 2)[row_slots, row_positions] = v.flatten(0, 1)[rows]
+            own_keys, own_values = keys[slots], values[slots]
+            seen = tables[self.mask].shape[-1]
+        # The queries that share a key head stand side by side as [B, kv_heads, groups · T, head_dim]: no key is copied.
+        q = q.view(B, T, self.kv_heads, groups, self.head_dim).permute(0, 2, 3, 1, 4).reshape(B, self.kv_heads, groups * T, self.head_dim)
+        mask = tables[self.mask]
+        y = F.scaled_dot_product_attention(
+            q, own_keys.narrow(2, 0, seen), own_values.narrow(2, 0, seen), attn_mask=mask if mask.numel() > 0 else None
+        )
+        return y.view(B, self.kv_heads, groups, T, self.head_dim).permute(0, 3, 1, 2, 4).reshape(B, T, self.query_width)
+
+
+class SegmentGraph(nn.Module):
+    """Layers that run without the network. The first one's input norm is the u of the exchange that starts the segment."""
+
+    def __init__(self, layers: List[Layer], down: Tensor) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = layers[0].input_norm
+        self.first = layers[0]
+        self.down = down  # every A of the source, stacked [C, H]
+
+    @torch.jit.export
+    def open(self, hidden: Tensor) -> Tuple[Tensor, Tensor]:
+        """hidden [B, T, H] -> (u [B, T, H], compressed [B, T, C])."""
+        u = self.norm(hidden)
+        return u, F.linear(u, self.down)
+
+    @torch.jit.export
+    def ahead(self, u: Tensor) -> Tensor:
+        """u [B, T, H] -> the first layer's q, k, v before injections."""
+        return self.first.project(u)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        qkv: Tensor,
+        injections: List[Tensor],
+        tables: List[Tensor],
+        slots: Tensor,
+        lengths: Tensor,
+        keys: List[Tensor],
+        values: List[Tensor],
+    ) -> Tensor:
+        """injections: position 0 the entry's, e + 1 exchange e's, each [B, T, I]. Writes the new tokens into the pool.
+
+        slots, lengths: int64 [B], the rows' pool slots and tokens cached so far. Returns hidden [B, T, H].
+        """
+        first = True
+        for layer in self.layers:
+            if not first:
+                qkv = layer.project(layer.input_norm(hidden))
+            first = False
+            hidden = layer(hidden, qkv, injections, tables, slots, lengths, keys, values)
+        return hidden
+
+
+class CloudGraph(nn.Module):
+    """All segments, and the tables that a step needs once: rope, masks, and where new tokens are written."""
+
+    def __init__(self, segments: List[SegmentGraph], windows: List[int], shape: DecoderShape) -> None:
+        super().__init__()
+        self.segments = nn.ModuleList(segments)
+        self.windows = windows
+        self.groups = shape.heads // shape.kv_heads
+        self.scaling = shape.rope.attention_scaling
+        self.register_buffer("inv_freq", torch.tensor(shape.rope.inv_freq))
+
+    @torch.jit.export
+    def tables(self, lengths: Tensor, counts: Tensor, slots: Tensor, like: Tensor) -> List[Tensor]:
+        """lengths, counts, slots: int64 [B]: tokens cached, new tokens, pool slot of each row. like: dtype and device.
+
+        Returns cos and sin (signed for a rotation by half) [B, T, 1, D]; index, slot and position of each real new token [N];
+        one mask [B, 1, groups · T, L] per window, empty where a single decode token sees everything.
+        """
+        B = lengths.shape[0]
+        T = int(counts.max())
+        offsets = torch.arange(T, device=like.device)
+        positions = lengths[:, None] + offsets
+        angles = (positions.float()[..., None] * self.inv_freq)[:, :, None]
+        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        tables = [torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)]
+        real = offsets < counts[:, None]
+        tables.append(real.flatten().nonzero().flatten())
+        tables.append(slots[:, None].expand(B, T)[real])
+        tables.append(positions[real])
+        keys = torch.arange(int((lengths + counts).max()), device=like.device)
+        for window in self.windows:
+            if B == 1 and T == 1 and window == 0:
+                tables.append(torch.empty(0, dtype=torch.bool, device=like.device))
+            else:
+                mask = keys <= positions[..., None]
+                if window > 0:
+                    mask = mask & (keys > positions[..., None] - window)
+                tables.append(mask.repeat(1, self.groups, 1)[:, None])
+        return tables
+
+    def forward(self, lengths: Tensor, counts: Tensor, slots: Tensor, like: Tensor) -> List[Tensor]:
+        return self.tables(lengths, counts, slots, like)
+
+
+class LayerUps:
+    """The up-projections of one layer, by target."""
+
+    def __init__(self, plan: ExchangePlan, layer: int, adapter: Adapter, dtype: torch.dtype) -> None:
+        self.found: dict[str, tuple[int, Column, Tensor]] = {}
+        exchanges: list[Exchange] = [*([plan.entry_exchange] if plan.entry_exchange else []), *plan.exchanges]
+        for exchange in exchanges:
+            for column in exchange.columns:
+                if column.layer == layer:
+                    up = adapter.basis[up_name(layer, column.target)]
+                    self.found[column.target] = (exchange.index, column, (adapter.config.scale * up).to(dtype))
+
+    def of(self, offsets: dict[str, int]) -> nn.ModuleList:
+        return nn.ModuleList(
+            UpProjection(weight, exchange, column, offsets[target])
+            for target, (exchange, column, weight) in self.found.items()
+            if target in offsets
+        )
+
+
+def fuse(*projections: Any) -> tuple[Tensor, Tensor | None]:
+    """Weights of projections that read the same input as one matrix (and bias); the originals are let go."""
+    weights = [projection.weight.data for projection in projections]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    biases = [projection.bias.data for projection in projections if projection.bias is not None]
+    for projection in projections:
+        projection.weight = None
+    return weight, torch.cat(biases) if biases else None
+
+
+def build_segment(model: Any, segment: Segment, shape: DecoderShape, adapter: Adapter, windows: list[int]) -> SegmentGraph:
+    """One segment from the layers of a transformers model, which it takes apart as it goes (peak memory: one layer more)."""
+    plan = adapter.config.plan
+    dtype = model.dtype
+    layers = []
+    for index in range(segment.first, segment.stop):
+        ups = LayerUps(plan, index, adapter, dtype)
+        mask = FIRST_MASK + windows.index(shape.windows[index])
+        layers.append(Layer(model.model.layers[index], index - plan.front_layers, mask, shape, ups))
+        model.model.layers[index] = nn.Identity()
+    downs = []
+    if segment.exchange is not None:
+        source = next(source for source in plan.sources if source.layer == segment.first)
+        downs = [adapter.basis[down_name(source.layer, name)] for name, _ in source.ranks]
+    down = torch.cat(downs).to(dtype) if downs else torch.zeros(0, shape.hidden, dtype=dtype)
+    return SegmentGraph(layers, down)
+
+
+def build_cloud_graph(model: Any, shape: DecoderShape, adapter: Adapter) -> CloudGraph:
+    """The cloud half of `model` with `adapter`'s basis; consumes the model's layers. Holds no core, table, head or tokenizer."""
+    windows = sorted(set(shape.windows))
+    segments = [build_segment(model, segment, shape, adapter, windows) for segment in adapter.config.plan.segments]
+    return CloudGraph(segments, windows, shape).eval().requires_grad_(False)

@@ -1,0 +1,118 @@
+"""What the unsplit model with its adapter computes, recorded before it is taken apart: verification compares with this.
+
+All in fp32, whatever the checkpoint is stored in. The record holds private values (injections): it stays with the exporter,
+in neither half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..artifact.names import core_name
+from ..artifact.plan import ExchangePlan
+from ..models.adapter import Adapter, adapted
+from ..models.checkpoint import Base
+
+REFERENCE = "reference.safetensors"
+PROBE_TEXT = "The lighthouse keeper writes down the weather every morning, and the wind every"
+RANDOM_TOKENS = 8
+GREEDY_TOKENS = 24
+GREEDY_TOKENS_WIDENED = 4
+"""A checkpoint in 16 bits is widened layer by layer for every step: exact, and slow."""
+SEED = 20231123
+
+
+def probe_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
+    """A little text, then a few tokens from anywhere in the vocabulary."""
+    text = tokenizer(PROBE_TEXT, add_special_tokens=True)["input_ids"]
+    text = [token for token in text if token < vocabulary] or [0]
+    anywhere = torch.randint(0, vocabulary, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    return anywhere + text
+
+
+@torch.no_grad()
+def record_reference(base: Base, adapter: Adapter, tokenizer: Any, path: Path) -> None:
+    """Runs the oracle on the probe and writes `path`: ids, entry, compressed and injection of each exchange, exit, logits
+    of the last token, greedy tokens with their top-2 gaps."""
+    model, plan = base.model, adapter.config.plan
+    ids = torch.tensor([probe_tokens(tokenizer, base.shape.vocabulary)])
+    ids = ids[:, : max(1, base.shape.context_tokens // 2)]
+    kept: dict[str, Tensor] = {"ids": ids[0]}
+    with widened(model), adapted(model, adapter) as cores:
+        captured: list[Tensor] = []
+        hook = model.model.norm.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0][0].clone()))
+        logits = model(ids).logits[0]
+        hook.remove()
+        kept["entry"] = model.model.embed_tokens(ids)[0].float()
+        kept["exit"] = captured[0].float()
+        kept["logits"] = logits[-1].float()
+        for exchange in plan.exchanges:
+            names = dict.fromkeys(column.down for column in exchange.columns)
+            order = [name for source in plan.sources if source.layer == exchange.source for name, _ in source.ranks]
+            assert set(order) >= set(names)
+            compressed = {name: cores.compressed[exchange.source, name][0].float() for name in order}
+            kept[f"compressed.{exchange.index}"] = torch.cat([compressed[name] for name in order], -1)
+            injected = [compressed[column.down] @ adapter.cores[core_name(column.layer, column.target)].T for column in exchange.columns]
+            kept[f"injection.{exchange.index}"] = torch.cat(injected, -1)
+        room = base.shape.context_tokens - ids.shape[1]
+        wanted = min(GREEDY_TOKENS if model.dtype == torch.float32 else GREEDY_TOKENS_WIDENED, room)
+        kept["greedy"], kept["gaps"] = greedy(model, ids, wanted)
+    save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
+
+
+def greedy(model: Any, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`count` greedy tokens after ids [1, T] and the logit gap between the two best at each."""
+    tokens, gaps, past, feed = [], [], None, ids
+    for _ in range(count):
+        output = model(feed, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        best = output.logits[0, -1].float().topk(2)
+        tokens.append(int(best.indices[0]))
+        gaps.append(float(best.values[0] - best.values[1]))
+        feed = best.indices[:1][None]
+    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(gaps, dtype=torch.float32)
+
+
+@contextmanager
+def widened(model: Any) -> Iterator[None]:
+    """The model computes in fp32 inside the block; a 16-bit one is widened layer by layer as it runs (exact both ways), so
+    that no second copy of it is ever in memory."""
+    dtype = model.dtype
+    if dtype == torch.float32:
+        yield
+        return
+    handles = []
+    for module in (*model.model.layers, model.model.norm, model.lm_head):
+        handles.append(module.register_forward_pre_hook(_widen))
+        handles.append(module.register_forward_hook(_narrow(dtype)))
+    handles.append(model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.float()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _widen(module: nn.Module, inputs: Any) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()
+
+
+def _narrow(dtype: torch.dtype) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    return hook
+
+
+def exchange_names(plan: ExchangePlan) -> list[str]:
+    """Names of the record's tensors of all exchanges, in order."""
+    return [f"{kind}.{exchange.index}" for exchange in plan.exchanges for kind in ("compressed", "injection")]

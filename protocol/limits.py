@@ -1,0 +1,32 @@
+"""Limits and names of the wire, each with its reason."""
+
+from __future__ import annotations
+
+from ..artifact.hashes import PROTOCOL_MAJOR
+from ..artifact.plan import ExchangePlan
+from ..artifact.shape import DTYPE_BYTES, DecoderShape
+
+MAJOR = PROTOCOL_MAJOR
+MINOR = 0
+SERVICE = "plora.v1.PrivateLora"
+METHOD = "Exchange"
+
+MAX_FRAME_BYTES = 4 << 20
+"""Largest frame: gRPC's own default, so that no proxy or client needs a setting, and a slow peer cannot make us hold more."""
+
+FRAME_OVERHEAD_BYTES = 256
+"""Room for everything in a frame but tensor data: tags, lengths and numbers take under 100 bytes."""
+
+MAX_STEP_TOKENS = 256
+"""Tokens per step: a prefill chunk beyond this gains no speed on the cores measured and holds the engine for longer."""
+
+CONTRACT_BYTES = 32
+SESSION_BYTES = 16
+MAX_DETAIL_CHARACTERS = 500
+
+
+def step_tokens(plan: ExchangePlan, shape: DecoderShape) -> int:
+    """Most tokens of one step such that none of its frames passes MAX_FRAME_BYTES, in fp32; at most MAX_STEP_TOKENS."""
+    entry = shape.hidden + (plan.entry_exchange.injection_columns if plan.entry_exchange else 0)
+    widest = max([entry, *(max(e.compressed_columns, e.injection_columns) for e in plan.exchanges)])
+    return max(1, min(MAX_STEP_TOKENS, (MAX_FRAME_BYTES - FRAME_OVERHEAD_BYTES) // (widest * DTYPE_BYTES["fp32"])))
