@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..artifact.errors import ContextOverflow, PloraError
 from .edge import Edge
+from .runner import Runner
 from .sampling import Sampler, Sampling, choose_sampling
 from .stepper import Stepper
 from .text import Stream, Text
@@ -66,7 +66,7 @@ class PrivateSession:
     def __init__(self, edge: Edge, cloud: str, wire_dtype: str = "fp32", deadlines: Deadlines | None = None) -> None:
         self.edge = edge
         self.text = Text(edge.folder, edge.manifest)
-        self._runner = asyncio.Runner()
+        self._runner = Runner()
         self._transport = Transport(cloud, deadlines or Deadlines())
         self._stepper = Stepper(edge, self._transport, wire_dtype)
         self._cached: list[int] = []  # tokens whose keys and values the cloud holds
