@@ -134,7 +134,12 @@ def read_base(base: str) -> Base:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable(source, error) from None
     loaded.eval().requires_grad_(False)
-    return Base(base, decoder_shape(loaded), loaded, fingerprint(loaded), source)
+    return Base(display_name(base), decoder_shape(loaded), loaded, fingerprint(loaded), source)
+
+
+def display_name(base: str) -> str:
+    """What files and messages call a base: a hub id as it is, a path without its folders."""
+    return Path(base).name if Path(base).exists() else base
 
 
 def read_tokenizer(source: Source) -> Any:

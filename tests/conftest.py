@@ -17,10 +17,13 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 
-from plora.artifact import ExchangePlan, paper_plan
+from plora.artifact import Exchange, ExchangePlan, paper_plan
+from plora.artifact.names import core_name
+from plora.device_runtime import PrivateSession
 from plora.export.export import ExportConfig, export
-from plora.models.adapter import Adapter, replace_cores, write_adapter
+from plora.models.adapter import Adapter, merge, replace_cores, write_adapter
 from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base, read_base
 
@@ -104,14 +107,14 @@ class Made:
     out: Path
 
 
-def make_export(folder: Path, family: str = "llama", plan: Callable[[int], ExchangePlan] | None = None, kind: str = "random", **overrides: Any) -> Made:
-    """Base, tuned adapter and verified export in `folder`. plan: from the number of layers."""
+def make_export(folder: Path, family: str = "llama", plan: Callable[[int], ExchangePlan] | None = None, kind: str = "random", dtype: str = "fp32", edge_dtype: str = "fp32", **overrides: Any) -> Made:
+    """Base, tuned adapter and verified export in `folder`. plan: from the number of layers; dtype, edge_dtype: of the export."""
     base_folder = save_tiny_base(folder / "base", family, **overrides)
     base = read_base(str(base_folder))
     layers = base.shape.layers
     adapter = tuned(new_adapter(base, plan(layers) if plan else paper_plan(layers, 6), kind, 1.0, 0))
     write_adapter(adapter, folder / "adapter")
-    export(ExportConfig(str(base_folder), folder / "adapter", folder / "out"), lambda stage: None)
+    export(ExportConfig(str(base_folder), folder / "adapter", folder / "out", dtype, edge_dtype), lambda stage: None)
     return Made(base_folder, folder / "adapter", adapter, folder / "out")
 
 
@@ -169,3 +172,30 @@ def served(made: Made) -> Iterator[str]:
     """Address of a cloud that serves `made`, for tests that leave it alive."""
     with cloud(made.out / "cloud") as (address, _):
         yield address
+
+
+@pytest.fixture(scope="session")
+def merged(made: Made) -> Base:
+    """The base of `made` with the adapter merged into its weights: what both halves together must equal. Leave it as it is."""
+    base = oracle(made)
+    merge(base.model, made.adapter)
+    return base
+
+
+@torch.no_grad()
+def greedy(base: Base, ids: list[int], count: int) -> list[int]:
+    """The tokens that transformers appends to `ids` [T], at most `count`, the end token included."""
+    return base.model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)[0].tolist()[len(ids) :]
+
+
+def answer(session: PrivateSession, ids: list[int], count: int) -> list[int]:
+    """The same over the wire."""
+    list(session.stream(ids, session.sampling(max_tokens=count, temperature=0.0)))
+    assert session.answer is not None
+    return session.answer.token_ids
+
+
+def injected(adapter: Adapter, exchange: Exchange, compressed: Tensor) -> Tensor:
+    """What a device returns: compressed [T, C] -> injection [T, I], by the adapter's own cores."""
+    parts = [compressed[:, c.down_start : c.down_stop] @ adapter.cores[core_name(c.layer, c.target)].T for c in exchange.columns]
+    return torch.cat(parts, -1)
