@@ -43,11 +43,9 @@ class Payload:
 def payload(plan: ExchangePlan, shape: DecoderShape, dtype: str) -> Payload:
     """Bytes per token of `plan` with wire tensors of `dtype`."""
     size = DTYPE_BYTES[dtype]
-    held = plan.entry_exchange
-    exchanges = (*((held,) if held else ()), *plan.exchanges)
-    up = sum(exchange.injection_columns for exchange in exchanges)
+    up = sum(exchange.injection_columns for exchange in plan.all_exchanges)
     down = sum(exchange.compressed_columns for exchange in plan.exchanges)
-    full_up = sum(shape.out_features(column.target) for exchange in exchanges for column in exchange.columns)
+    full_up = sum(shape.out_features(column.target) for exchange in plan.all_exchanges for column in exchange.columns)
     return Payload(
         entry_up=shape.hidden * size,
         exit_down=shape.hidden * size,

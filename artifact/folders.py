@@ -33,15 +33,28 @@ def new_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
-        old = None
+        check_new(out, replace)  # somebody else may have made it meanwhile
         if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-            os.replace(out, old / out.name)
-        os.replace(temporary, out)
-        if old is not None:
-            shutil.rmtree(old)
+            _replace(temporary, out)
+        else:
+            os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(new: Path, out: Path) -> None:
+    """Puts `new` in the place of `out`; what was there goes once the new one stands, and comes back if it cannot."""
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    aside = old / out.name
+    try:
+        os.replace(out, aside)
+        os.replace(new, out)
+    except BaseException:
+        if aside.exists() and not out.exists():
+            os.replace(aside, out)
+        shutil.rmtree(old)
+        raise
+    shutil.rmtree(old)
 
 
 @contextmanager

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import DamagedFile, ManifestError, MissingFile
 from .hashes import Contract, FileRecord, check_file
 from .plan import require_runnable
-from .shape import check_fits
+from .shape import DTYPE_BYTES, check_fits
 from .strict import decode, plain
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 4 << 20
 """A manifest of a 1,000-layer model with all targets is under 1 MiB; more is not a manifest."""
+
+PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
+"""No folder, no hidden file, nothing that a file system or shell reads in its own way."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def read_json(path: Path) -> Any:
         raise MissingFile(f"{path}: not found; is {path.parent} the folder that you meant?") from None
     except OSError as error:
         raise DamagedFile(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
         raise DamagedFile(f"{path}: not valid JSON: {error}") from None
 
 
@@ -80,10 +84,10 @@ def read_manifest(cls: type[Manifest], folder: Path) -> Manifest:
         if value.get("format") != FORMATS[cls]:
             raise ManifestError(f"{where}.format: got {value.get('format')!r}, expected {FORMATS[cls]!r}")
         if value.get("version") != FORMAT_VERSION:
-            raise ManifestError(
-                f"{where}.version: got {value.get('version')!r}, this plora reads {FORMAT_VERSION}; export again"
-            )
+            raise ManifestError(f"{where}.version: got {value.get('version')!r}, this plora reads {FORMAT_VERSION}; export again")
     manifest = decode(cls, value, where)
+    if manifest.dtype not in DTYPE_BYTES:
+        raise ManifestError(f"{where}.dtype: got {manifest.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
     check_fits(manifest.contract.plan, manifest.contract.shape)
     require_runnable(manifest.contract.plan)
     if manifest.contract.hash != manifest.contract_hash:
@@ -92,8 +96,8 @@ def read_manifest(cls: type[Manifest], folder: Path) -> Manifest:
             f"{manifest.contract.hash[:16]}…: the manifest was edited; export again"
         )
     for name in manifest.files:
-        if PurePosixPath(name).name != name or name in ("", ".", ".."):
-            raise ManifestError(f"{where}.files.{name}: not a plain file name")
+        if not PLAIN_FILE_NAME.fullmatch(name):
+            raise ManifestError(f"{where}.files.{name!r}: not a plain file name")
     return manifest
 
 

@@ -118,9 +118,7 @@ class ExchangePlan:
             if source.layer not in used:
                 raise PlanError(f"{at} feeds no layer: leave it out")
             if not self.front_layers <= source.layer < self.layers - self.back_layers:
-                raise PlanError(
-                    f"{at} lies outside the cloud's layers {self.front_layers}..{self.layers - self.back_layers - 1}"
-                )
+                raise PlanError(f"{at} lies outside the cloud's layers {self.front_layers}..{self.layers - self.back_layers - 1}")
             if source.on_device and source.layer != self.front_layers:
                 raise PlanError(f"{at} is on the device, but only the entry layer {self.front_layers} can be")
             names = [name for name, _ in source.ranks]
@@ -139,8 +137,7 @@ class ExchangePlan:
             at = f"layer {adapted.layer}"
             if not self.front_layers <= adapted.layer < self.layers - self.back_layers:
                 raise PlanError(
-                    f"{at} is adapted, but only the cloud's layers "
-                    f"{self.front_layers}..{self.layers - self.back_layers - 1} can be"
+                    f"{at} is adapted, but only the cloud's layers {self.front_layers}..{self.layers - self.back_layers - 1} can be"
                 )
             if adapted.source > adapted.layer:
                 raise PlanError(f"{at} has source {adapted.source}, which lies after it; a source runs first")
@@ -193,10 +190,7 @@ class ExchangePlan:
         if not cuts or cuts[0][0] != self.front_layers:
             cuts.insert(0, (self.front_layers, None))
         ends = [first for first, _ in cuts[1:]] + [stop]
-        return tuple(
-            Segment(index, first, end, exchange)
-            for index, ((first, exchange), end) in enumerate(zip(cuts, ends, strict=True))
-        )
+        return tuple(Segment(index, first, end, exchange) for index, ((first, exchange), end) in enumerate(zip(cuts, ends, strict=True)))
 
     @property
     def round_trips(self) -> int:
@@ -204,10 +198,14 @@ class ExchangePlan:
         return len(self.exchanges) + 1
 
     @property
+    def all_exchanges(self) -> tuple[Exchange, ...]:
+        """The entry's, if there is one, and those over the network."""
+        return (self.entry_exchange, *self.exchanges) if self.entry_exchange else self.exchanges
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         """The columns of every core, exchange by exchange, the entry's first."""
-        exchanges = (self.entry_exchange, *self.exchanges) if self.entry_exchange else self.exchanges
-        return tuple(column for exchange in exchanges for column in exchange.columns)
+        return tuple(column for exchange in self.all_exchanges for column in exchange.columns)
 
 
 def paper_plan(
@@ -235,7 +233,7 @@ def grouped_plan(
     names = ordered if separate else [SHARED]
     sources = tuple(Source(first, tuple((name, rank) for name in names)) for first in range(0, layers, group))
     adapted = tuple(
-        AdaptedLayer(layer, layer - layer % group, tuple((target, out_rank or rank) for target in ordered))
+        AdaptedLayer(layer, layer - layer % group, tuple((target, rank if out_rank is None else out_rank) for target in ordered))
         for layer in range(layers)
     )
     return ExchangePlan(layers, 0, 0, sources, adapted)

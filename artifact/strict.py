@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from typing import Any, TypeVar
@@ -62,11 +63,22 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return _decode(inner, value, where)
     if dataclasses.is_dataclass(hint):
         return decode(typing.cast(type, hint), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and type(value) in (int, float):
+        return _decode_float(value, where)
     if type(value) is not hint:
         raise ManifestError(f"{where}: got {value!r} ({type(value).__name__}), expected {hint.__name__}")
     return value
+
+
+def _decode_float(value: int | float, where: str) -> float:
+    """JSON writes 1 for 1.0, and Python's parser reads NaN and 1e999, which no canonical form can hold."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ManifestError(f"{where}: got a number that is not finite in 64 bits")
+    return number
 
 
 def _decode_tuple(items: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """The order of one step, in one place: device, cloud, verification and cost model all walk these stages.
 
-    front layers? -> entry -> (segment | exchange)* -> exit -> back layers?
+front layers? -> entry -> (segment | exchange)* -> exit -> back layers?
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--listen", default="127.0.0.1:7070", show_default=True, metavar="HOST:PORT", help="Where to listen; port 0 picks a free one.")
+@click.option(
+    "--listen", default="127.0.0.1:7070", show_default=True, metavar="HOST:PORT", help="Where to listen; port 0 picks a free one."
+)
 @click.option("--kv-bytes", default=2 << 30, show_default=True, metavar="N", help="Budget of all sessions' KV caches, in bytes.")
 @click.option("--context", type=int, metavar="TOKENS", help="KV cache of one session. [default: the model's context, at most 2048]")
 @click.option("--threads", default=0, metavar="N", help="Threads of one matrix product. [default: torch's choice]")
@@ -30,7 +32,15 @@ def main() -> None:
 @click.option("--verbose", is_flag=True, help="Log sessions to standard error (never text, tokens or activations).")
 @reports_errors
 def serve(
-    folder: Path, listen: str, kv_bytes: int, context: int | None, threads: int, idle_seconds: float, grace_seconds: float, as_json: bool, verbose: bool
+    folder: Path,
+    listen: str,
+    kv_bytes: int,
+    context: int | None,
+    threads: int,
+    idle_seconds: float,
+    grace_seconds: float,
+    as_json: bool,
+    verbose: bool,
 ) -> None:
     """Serve the cloud half in DIR (the `cloud` folder of an export) until SIGTERM.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -34,7 +35,7 @@ class ServerConfig:
     context_tokens: int | None = None
     threads: int = 0
     grace_seconds: float = 10.0
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         host, colon, port = self.listen.rpartition(":")
@@ -53,6 +54,7 @@ async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> N
         torch.set_num_threads(config.threads)
     engine = Engine(config.folder, config.kv_bytes, config.context_tokens)
     engine.warm_up()
+    gc.freeze()  # the collector need not look through torch and the graph again and again
     service = Service(engine, config.limits)
     health = HealthServicer()
     server = grpc.aio.server(
@@ -71,11 +73,14 @@ async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> N
     try:
         port = server.add_insecure_port(config.listen)
     except RuntimeError:
-        raise UsageError(f"--listen {config.listen}: cannot listen there (in use, not an address of this machine, or not allowed)") from None
+        raise UsageError(
+            f"--listen {config.listen}: cannot listen there (in use, not an address of this machine, or not allowed)"
+        ) from None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    watch = asyncio.create_task(service.watch())
     await server.start()
     serving = health_pb2.HealthCheckResponse.SERVING
     for name in ("", SERVICE):
@@ -86,4 +91,5 @@ async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> N
     await health.enter_graceful_shutdown()
     await service.stop(config.grace_seconds)
     await server.stop(1.0)
+    watch.cancel()
     service.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,18 @@ from ..artifact.errors import PloraError, RemoteProtocolError
 from ..artifact.plan import Exchange, Segment
 from ..artifact.walk import Exit, walk
 from ..protocol.limits import SESSION_BYTES, step_tokens
-from ..protocol.session import Aborted, CancelAsked, CloseAsked, CloudSession, Event, Greeting, InjectionsArrived, StepBegun, Terms, Truncated
+from ..protocol.session import (
+    Aborted,
+    CancelAsked,
+    CloseAsked,
+    CloudSession,
+    Event,
+    Greeting,
+    InjectionsArrived,
+    StepBegun,
+    Terms,
+    Truncated,
+)
 from ..protocol.states import State
 from .engine import Engine, Row
 
@@ -27,6 +39,9 @@ INLINE_TOKEN_LAYERS = 4
 0.1 ms, a tenth of what one decode token takes in one layer. Anything longer would keep other sessions waiting."""
 
 RETRY_AFTER_MILLIS = 1_000
+
+WATCH_SECONDS = 0.25
+"""How often deadlines are looked at. One watch for all connections: a timer per frame would be felt in every exchange."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +55,8 @@ class Limits:
     connections: int = 1024
 
 
-class Expired(Exception):
-    """The device was silent for too long."""
-
-
 class Gone(Exception):
-    """The peer is no longer there, or takes nothing."""
+    """The peer is no longer there."""
 
 
 class Service:
@@ -66,6 +77,15 @@ class Service:
             await connection.serve()
         finally:
             self.connections.discard(connection)
+
+    async def watch(self) -> None:
+        """Ends connections whose peer is past its deadline; runs as long as the server."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            for connection in list(self.connections):
+                if connection.due is not None and now > connection.due[0]:
+                    connection.task.cancel()
 
     async def compute(self, work: Callable[..., Any], segment: Segment, rows: list[Row]) -> Any:
         """`work(segment index, rows)`, on the event loop if it is short, else on the engine's thread."""
@@ -103,6 +123,7 @@ class Connection:
         self.machine = CloudSession(contract.plan, contract.shape, contract.hash)
         self.slot: int | None = None
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
+        self.due: tuple[float, str] | None = None  # until when the peer may take for what it does now, and what that is
         self.reading = False
 
     async def serve(self) -> None:
@@ -117,17 +138,18 @@ class Connection:
                     await self.fault("STOPPING", "the server is shutting down; connect to another one, or again later")
                     break
                 event = await self.handle(event or await self.receive())
-        except Expired as error:
-            await self.fault("EXPIRED", str(error))
         except RemoteProtocolError as error:
             log.info("session refused: %s", error.code)
             await self.fault(error.code, str(error))
         except Gone:
             pass
         except asyncio.CancelledError:
-            if not self.service.stopping:
+            if self.due is not None and time.monotonic() > self.due[0]:
+                await self.expire(self.due[1])
+            elif self.service.stopping:
+                await self.fault("STOPPING", "the server is shutting down; connect to another one, or again later")
+            else:
                 raise
-            await self.fault("STOPPING", "the server is shutting down; connect to another one, or again later")
         except PloraError as error:
             log.error("session failed: %s", type(error).__name__)
             await self.fault("INTERNAL", f"{type(error).__name__}: {error}")
@@ -216,26 +238,36 @@ class Connection:
     async def receive(self) -> Event:
         limits = self.service.limits
         seconds = limits.hello_seconds if self.machine.state is State.START else limits.idle_seconds
+        self.due = (time.monotonic() + seconds, f"no frame for {seconds:g} s")
         self.reading = True
         try:
-            async with asyncio.timeout(seconds):
-                data = await self.context.read()
-        except TimeoutError:
-            raise Expired(f"no frame for {seconds:g} s, the most that is allowed here; begin a new session") from None
+            data = await self.context.read()
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
             raise Gone from None
         finally:
             self.reading = False
+        self.due = None
         if not isinstance(data, bytes):
             raise Gone
         return self.machine.receive(data)
 
     async def write(self, data: bytes) -> None:
+        seconds = self.service.limits.write_seconds
+        self.due = (time.monotonic() + seconds, f"a frame not taken for {seconds:g} s")
         try:
-            async with asyncio.timeout(self.service.limits.write_seconds):
-                await self.context.write(data)
-        except (TimeoutError, grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
+            await self.context.write(data)
+        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
             raise Gone from None
+        self.due = None
+
+    async def expire(self, what: str) -> None:
+        """Says that the session is gone; to a peer that takes nothing, for a moment only."""
+        log.info("session expired: %s", what)
+        try:
+            async with asyncio.timeout(1.0):
+                await self.fault("EXPIRED", f"{what}, the most that is allowed here; begin a new session")
+        except TimeoutError:
+            pass
 
     async def fault(self, code: str, detail: str, retry_after_millis: int = 0) -> None:
         """Says why the session is over, if anyone is still there to hear it."""

@@ -67,6 +67,7 @@ class PrivateSession:
         self.edge = edge
         self.text = Text(edge.folder, edge.manifest)
         self._runner = Runner()
+        self._closed = False
         self._transport = Transport(cloud, deadlines or Deadlines())
         self._stepper = Stepper(edge, self._transport, wire_dtype)
         self._cached: list[int] = []  # tokens whose keys and values the cloud holds
@@ -164,10 +165,10 @@ class PrivateSession:
 
     def close(self) -> None:
         """Releases the session in the cloud; safe to call twice."""
-        if self._runner is not None:
-            runner, self._runner = self._runner, None  # type: ignore[assignment]
-            runner.run(self._stepper.close())
-            runner.close()
+        if not self._closed:
+            self._closed = True
+            self._run(self._stepper.close())
+            self._runner.close()
 
     def __enter__(self) -> PrivateSession:
         return self

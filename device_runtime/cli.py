@@ -29,8 +29,20 @@ def session_options(function: Command) -> Command:
         click.option("--edge", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The `edge` folder of an export."),
         click.option("--cloud", required=True, metavar="HOST:PORT", help="Where plora-cloud serves the other half."),
         click.option("--cores", metavar="FILE", help="Another persona's cores.safetensors; `none` for the base model."),
-        click.option("--graphs", type=click.Choice(["onnx", "ort"]), default="onnx", show_default=True, help="Which of the two forms of the edge graphs to run."),
-        click.option("--wire-dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Of tensors on the network."),
+        click.option(
+            "--graphs",
+            type=click.Choice(["onnx", "ort"]),
+            default="onnx",
+            show_default=True,
+            help="Which of the two forms of the edge graphs to run.",
+        ),
+        click.option(
+            "--wire-dtype",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            default="fp32",
+            show_default=True,
+            help="Of tensors on the network.",
+        ),
         click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads for the output head. [default: up to 4]"),
         click.option("--max-tokens", type=int, metavar="N", help="Most new tokens. [default: the artifact's, else 256]"),
         click.option("--temperature", type=float, metavar="T", help="0 is plain argmax. [default: the artifact's, else 0]"),
@@ -141,5 +153,3 @@ def print_stats(session: PrivateSession) -> None:
         f"{s.round_trips_per_token:.0f} round trips; in all {s.bytes_up:,} bytes up, {s.bytes_down:,} down]",
         err=True,
     )
-
-

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..artifact.errors import DamagedFile, MissingFile, WrongPair
 from ..artifact.names import CORES_FORMAT, core_name
-from ..artifact.plan import Exchange, ExchangePlan
+from ..artifact.plan import ExchangePlan
 
 Floats = NDArray[np.float32]
 
@@ -40,7 +40,7 @@ def read_cores(path: Path, plan: ExchangePlan, basis: str) -> dict[int, Floats]:
     if set(cores) != names:
         odd = sorted(set(cores) ^ names)[0]
         raise DamagedFile(f"{path}: tensor {odd} is {'unknown' if odd in cores else 'missing'}; the plan has {len(names)} cores")
-    for exchange in _exchanges(plan):
+    for exchange in plan.all_exchanges:
         for column in exchange.columns:
             name = core_name(column.layer, column.target)
             core = cores[name]
@@ -54,8 +54,4 @@ def read_cores(path: Path, plan: ExchangePlan, basis: str) -> dict[int, Floats]:
 
 def zero_cores(plan: ExchangePlan) -> dict[int, Floats]:
     """Cores that change nothing: the base model."""
-    return {e.index: np.zeros((e.injection_columns, e.compressed_columns), np.float32) for e in _exchanges(plan)}
-
-
-def _exchanges(plan: ExchangePlan) -> tuple[Exchange, ...]:
-    return (plan.entry_exchange, *plan.exchanges) if plan.entry_exchange else plan.exchanges
+    return {e.index: np.zeros((e.injection_columns, e.compressed_columns), np.float32) for e in plan.all_exchanges}

@@ -70,14 +70,18 @@ class Edge:
             raise DamagedFile(f"{path}: {path.stat().st_size} bytes, expected {list(shape)} values of {self.manifest.dtype}")
         return np.memmap(path, dtype, mode="r", shape=shape)
 
+    def _run(self, session: ort.InferenceSession, **inputs: NDArray[Any]) -> Floats:
+        (output,) = session.run(None, inputs)
+        return output  # pyright: ignore[reportReturnType]  each of our graphs has one float32 output
+
     def embed(self, ids: list[int]) -> Floats:
         """Token ids -> entry [T, hidden] float32. Ids must lie in the vocabulary."""
-        return self._embedding.run(None, {"ids": np.asarray(ids, np.int64), "table": self.table})[0]
+        return self._run(self._embedding, ids=np.asarray(ids, np.int64), table=self.table)
 
     def inject(self, exchange: Exchange, compressed: Floats) -> Floats:
         """One exchange: compressed [T, C] -> injection M A u [T, I], float32."""
-        return self._cores.run(None, {"compressed": compressed, "cores": self._blocks[exchange.index]})[0]
+        return self._run(self._cores, compressed=compressed, cores=self._blocks[exchange.index])
 
     def logits(self, exit_rows: Floats) -> Floats:
         """exit [T, hidden] float32 -> logits [T, vocabulary] float32."""
-        return self._head.run(None, {"exit": exit_rows, "table": self.head_table})[0]
+        return self._run(self._head, exit=exit_rows, table=self.head_table)

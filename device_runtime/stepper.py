@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ..artifact.errors import LocalProtocolError, PloraError, ProtocolError, RemoteProtocolError, Unreachable
@@ -36,13 +38,27 @@ class Stepper:
 
     async def open(self) -> Terms:
         """Handshake. Raises Refused's children, Unreachable."""
-        await self.transport.send(self.machine.hello())
-        event = await self._receive()
+        async with self._deadline():
+            await self.transport.send(self.machine.hello())
+            event = await self._receive()
         assert isinstance(event, Opened)  # the machine lets nothing else through
         return event.terms
 
     async def step(self, ids: list[int], exit_rows: int) -> Floats:
         """Feeds T new tokens; returns the last `exit_rows` rows of the exit [exit_rows, hidden] float32."""
+        async with self._deadline():  # one for the step: a timer per frame would be felt in every exchange
+            return await self._walk(ids, exit_rows)
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        seconds = self.transport.deadlines.step_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise Unreachable(f"{self.transport.address}: no answer to step {self.machine.step} within {seconds:g} s; given up") from None
+
+    async def _walk(self, ids: list[int], exit_rows: int) -> Floats:
         hidden = self.edge.embed(ids)
         for stage in self.stages:
             if isinstance(stage, Entry):

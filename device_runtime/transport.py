@@ -22,11 +22,11 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Deadlines:
-    """connect_seconds: until the channel is up; reply_seconds: longest silence of a cloud that owes a frame;
-    close_seconds: for saying good-bye."""
+    """connect_seconds: until the channel is up; step_seconds: for the handshake, and for one whole step (a prefill chunk on a
+    slow cloud takes seconds); close_seconds: for saying good-bye."""
 
     connect_seconds: float = 10.0
-    reply_seconds: float = 120.0
+    step_seconds: float = 120.0
     close_seconds: float = 2.0
 
 
@@ -47,8 +47,16 @@ class Transport:
                 await self._ready()
         except TimeoutError:
             await self.channel.close()
-            raise Unreachable(f"{self.address}: no answer within {self.deadlines.connect_seconds:g} s; is plora-cloud running there?") from None
+            raise Unreachable(
+                f"{self.address}: no answer within {self.deadlines.connect_seconds:g} s; is plora-cloud running there?"
+            ) from None
         self.call = self.channel.stream_stream(PATH)()
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Begins to read the next frame before anything is written: a write on a stream that the cloud has ended discards what
+        grpc has not read yet, and that is the fault which says why."""
+        self.reading = asyncio.ensure_future(self.call.read())
 
     async def _ready(self) -> None:
         state = self.channel.get_state(try_to_connect=True)
@@ -62,24 +70,25 @@ class Transport:
     async def send(self, data: bytes) -> None:
         self.bytes_up += len(data)
         try:
-            await self.call.write(data)
+            await asyncio.shield(self.call.write(data))  # as below
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the cloud may have said why before it closed: the next receive tells
 
     async def receive(self) -> bytes:
-        """The next frame. Raises Unreachable if the stream ended or stayed silent for reply_seconds."""
+        """The next frame. Raises Unreachable if the stream ended. Whoever calls sets the deadline."""
         try:
-            async with asyncio.timeout(self.deadlines.reply_seconds):
-                data = await self.call.read()
-        except TimeoutError:
-            raise Unreachable(f"{self.address}: no reply for {self.deadlines.reply_seconds:g} s; the connection is given up") from None
+            data = await asyncio.shield(self.reading)  # a read that is cancelled (Ctrl-C) ends the whole call
         except grpc.aio.AioRpcError as error:
             raise Unreachable(f"{self.address}: connection lost ({error.code().name}: {error.details()})") from None
         if not isinstance(data, bytes):
             raise Unreachable(f"{self.address}: the cloud ended the stream without a word")
         self.bytes_down += len(data)
+        self._read_ahead()
         return data
 
     async def close(self) -> None:
         self.call.cancel()
+        await asyncio.wait([self.reading])
+        if not self.reading.cancelled():
+            self.reading.exception()  # seen: nothing is left to say
         await self.channel.close()

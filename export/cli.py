@@ -34,10 +34,22 @@ def main() -> None:
 
 @main.command()
 @click.argument("base", metavar="BASE")
-@click.option("--adapter", required=True, type=click.Path(path_type=Path), metavar="PATH", help="A folder from plora-tune, or a checkpoint file of the PrivateLoRA authors.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make: cloud/, edge/, verification/. Required unless --dry-run.")
-@click.option("--dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the cloud's weights and KV cache.")
-@click.option("--edge-dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "fp16"]), help="Of the embedding and head tables.")
+@click.option(
+    "--adapter",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder from plora-tune, or a checkpoint file of the PrivateLoRA authors.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make: cloud/, edge/, verification/. Required unless --dry-run."
+)
+@click.option(
+    "--dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the cloud's weights and KV cache."
+)
+@click.option(
+    "--edge-dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "fp16"]), help="Of the embedding and head tables."
+)
 @click.option("--cores-only", is_flag=True, help="Write only cores.safetensors into --out: a new persona for an exported basis.")
 @click.option("--exported", type=click.Path(path_type=Path), metavar="DIR", help="With --cores-only: check that the cores fit this export.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and what a token would cost; write nothing.")
@@ -46,15 +58,25 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @reports_errors
 def export(
-    base: str, adapter: Path, out: Path | None, dtype: str, edge_dtype: str, cores_only: bool, exported: Path | None, dry_run: bool,
-    compute_ms: float | None, replace: bool, as_json: bool,
+    base: str,
+    adapter: Path,
+    out: Path | None,
+    dtype: str,
+    edge_dtype: str,
+    cores_only: bool,
+    exported: Path | None,
+    dry_run: bool,
+    compute_ms: float | None,
+    replace: bool,
+    as_json: bool,
 ) -> None:
     """Export BASE (a Hugging Face folder, a hub id, or a .gguf file) with an adapter.
 
     Both halves are verified against the unsplit model before DIR appears; if anything fails, nothing is left behind.
     """
     if dry_run:
-        from .dry_run import dry_run as describe, format_dry_run
+        from .dry_run import dry_run as describe
+        from .dry_run import format_dry_run
 
         facts = describe(base, adapter, dtype, edge_dtype, compute_ms)
         click.echo(json.dumps(facts) if as_json else format_dry_run(facts))

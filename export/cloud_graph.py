@@ -11,14 +11,14 @@ Decoder: Llama (arXiv 2302.13971), grouped-query attention (arXiv 2305.13245), r
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple  # noqa: UP035  TorchScript reads these
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..artifact.names import down_name, up_name
-from ..artifact.plan import Column, Exchange, ExchangePlan, Segment
+from ..artifact.plan import Column, ExchangePlan, Segment
 from ..artifact.shape import DecoderShape
 from ..models.adapter import Adapter
 
@@ -150,7 +150,7 @@ class SegmentGraph(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = layers[0].input_norm
-        self.first = layers[0]
+        self.first: Layer = layers[0]
         self.down = down  # every A of the source, stacked [C, H]
 
     @torch.jit.export
@@ -182,7 +182,7 @@ class SegmentGraph(nn.Module):
         first = True
         for layer in self.layers:
             if not first:
-                qkv = layer.project(layer.input_norm(hidden))
+                qkv = layer.project(layer.input_norm(hidden))  # pyright: ignore[reportCallIssue]  a ModuleList of Layer
             first = False
             hidden = layer(hidden, qkv, injections, tables, slots, lengths, keys, values)
         return hidden
@@ -210,7 +210,7 @@ class CloudGraph(nn.Module):
         T = int(counts.max())
         offsets = torch.arange(T, device=like.device)
         positions = lengths[:, None] + offsets
-        angles = (positions.float()[..., None] * self.inv_freq)[:, :, None]
+        angles = (positions.float()[..., None] * self.inv_freq)[:, :, None]  # pyright: ignore[reportOperatorIssue]  a buffer
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         tables = [torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)]
         real = offsets < counts[:, None]
@@ -237,8 +237,7 @@ class LayerUps:
 
     def __init__(self, plan: ExchangePlan, layer: int, adapter: Adapter, dtype: torch.dtype) -> None:
         self.found: dict[str, tuple[int, Column, Tensor]] = {}
-        exchanges: list[Exchange] = [*([plan.entry_exchange] if plan.entry_exchange else []), *plan.exchanges]
-        for exchange in exchanges:
+        for exchange in plan.all_exchanges:
             for column in exchange.columns:
                 if column.layer == layer:
                     up = adapter.basis[up_name(layer, column.target)]

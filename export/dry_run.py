@@ -40,7 +40,12 @@ def dry_run(base: str, adapter: Path, dtype: str, edge_dtype: str, compute_milli
     compute = compute_millis if compute_millis is not None else 1000 * (cloud_bytes + head_bytes(shape, edge_dtype)) / BYTES_PER_SECOND
     return {
         "base": base,
-        "plan": {"layers": plan.layers, "exchanges": len(plan.exchanges), "segments": len(plan.segments), "round_trips_per_token": plan.round_trips},
+        "plan": {
+            "layers": plan.layers,
+            "exchanges": len(plan.exchanges),
+            "segments": len(plan.segments),
+            "round_trips_per_token": plan.round_trips,
+        },
         "cloud": {"parameters": cloud, "total": sum(cloud.values()), "bytes": cloud_bytes, "dtype": dtype},
         "edge": {"parameters": edge, "total": sum(edge.values()), "bytes": edge_bytes, "dtype": edge_dtype},
         "kv_cache_bytes_per_token": shape.kv_bytes_per_token(dtype, plan.layers - plan.front_layers - plan.back_layers),
@@ -102,5 +107,3 @@ def kinds(parameters: dict[str, int]) -> dict[str, int]:
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
         sums[kind] = sums.get(kind, 0) + count
     return sums
-
-

@@ -40,7 +40,7 @@ def write_table(table: Tensor, path: Path, dtype: torch.dtype) -> None:
     """[V, H], row-major little-endian, converted a block of rows at a time."""
     with path.open("wb") as file:
         for rows in table.detach().split(ROWS_AT_ONCE):
-            file.write(memoryview(np.ascontiguousarray(rows.to(dtype).numpy())).cast("B"))
+            file.write(np.ascontiguousarray(rows.to(dtype).numpy()).data.cast("B"))
 
 
 def write_text_files(folder: Path, model: Any, tokenizer: Any) -> list[str]:

@@ -23,7 +23,9 @@ IR_VERSION = 9
 ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 
 
-def _model(name: str, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], output: onnx.ValueInfoProto, weights: list[onnx.TensorProto]) -> onnx.ModelProto:
+def _model(
+    name: str, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], output: onnx.ValueInfoProto, weights: list[onnx.TensorProto]
+) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, f"plora_{name}", inputs, [output], initializer=weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="plora")
     onnx.checker.check_model(model, full_check=True)
@@ -70,7 +72,10 @@ def head_graph(shape: DecoderShape, norm: NDArray[np.float32], dtype: str) -> on
         helper.make_tensor_value_info("table", ELEMENTS[dtype], [shape.vocabulary, shape.hidden]),
     ]
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["T", shape.vocabulary])
-    weights = [numpy_helper.from_array(norm.astype(np.float32), "norm"), numpy_helper.from_array(np.float32(shape.epsilon), "epsilon")]
+    weights = [
+        numpy_helper.from_array(norm.astype(np.float32), "norm"),
+        numpy_helper.from_array(np.asarray(shape.epsilon, np.float32), "epsilon"),
+    ]
     nodes = [
         helper.make_node("Mul", ["exit", "exit"], ["square"]),
         helper.make_node("ReduceMean", ["square"], ["mean"], axes=[-1], keepdims=1),

@@ -17,10 +17,10 @@ from ..artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_
 from ..artifact.manifest import FORMAT_VERSION, FORMATS, MANIFEST, CloudManifest, EdgeManifest, write_json
 from ..artifact.names import CLOUD_GRAPH
 from ..artifact.plan import require_runnable
+from ..artifact.shape import DecoderShape, check_fits
 from ..models.adapter import Adapter, check_base, check_shapes, expected_basis, read_adapter
 from ..models.authors import read_authors_checkpoint
 from ..models.checkpoint import Base, is_tied, read_base, read_tokenizer
-from ..artifact.shape import DecoderShape, check_fits
 from .cloud_file import write_cloud_graph
 from .cloud_graph import build_cloud_graph
 from .edge_files import TABLE_DTYPES, write_edge

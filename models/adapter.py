@@ -180,8 +180,8 @@ class Cores(nn.Module):
         layers = model.model.layers
         for source in self.plan.sources:
             self.handles.append(layers[source.layer].input_layernorm.register_forward_hook(self._capture(source)))
-        for exchange in (self.plan.entry_exchange, *self.plan.exchanges):
-            for column in exchange.columns if exchange else ():
+        for exchange in self.plan.all_exchanges:
+            for column in exchange.columns:
                 projection = target_projection(layers[column.layer], column.target)
                 self.handles.append(projection.register_forward_hook(self._inject(exchange.source, column)))
 
@@ -244,9 +244,12 @@ def merge(model: Any, adapter: Adapter) -> None:
     for exchange in adapter.config.plan.exchanges:
         for column in exchange.columns:
             if column.layer != exchange.source or column.target not in ("q", "k", "v"):
-                raise AdapterError(f"layer {column.layer}, target {column.target}, source {exchange.source}: cannot be merged into a weight")
+                raise AdapterError(
+                    f"layer {column.layer}, target {column.target}, source {exchange.source}: cannot be merged into a weight"
+                )
             down = adapter.basis[down_name(exchange.source, column.down)]
             up = adapter.basis[up_name(column.layer, column.target)]
             core = adapter.cores[core_name(column.layer, column.target)]
             weight = target_projection(model.model.layers[column.layer], column.target).weight
+            assert isinstance(weight, Tensor)
             weight += (adapter.config.scale * (up @ core @ down)).to(weight.dtype)

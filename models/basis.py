@@ -21,9 +21,7 @@ def random_basis(plan: ExchangePlan, shape: DecoderShape, seed: int) -> dict[str
     """Gaussian A with variance 1/hidden and B with variance 1/out_rank (PrivateLoRA, arXiv 2311.14030, 3.1: random and
     frozen), so that compressed and injected values keep the scale of u. Same seed, same basis on every machine."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(size, generator=generator) / size[1] ** 0.5 for name, size in expected_basis(plan, shape).items()
-    }
+    return {name: torch.randn(size, generator=generator) / size[1] ** 0.5 for name, size in expected_basis(plan, shape).items()}
 
 
 def svd_basis(plan: ExchangePlan, base: Base) -> dict[str, Tensor]:
@@ -39,7 +37,9 @@ def svd_basis(plan: ExchangePlan, base: Base) -> dict[str, Tensor]:
         readers = [target for target in ("q", "k", "v") if target in targets] or ["q", "k", "v"]
         for name, rank in source.ranks:
             if name != SHARED and name not in ("q", "k", "v"):
-                raise AdapterError(f"source {source.layer}: no SVD for a down-projection of {name}, whose input is not u; use --basis-kind random")
+                raise AdapterError(
+                    f"source {source.layer}: no SVD for a down-projection of {name}, whose input is not u; use --basis-kind random"
+                )
             weights = [_weight(layers[source.layer], target) for target in (readers if name == SHARED else [name])]
             basis[down_name(source.layer, name)] = _truncated_svd(torch.cat(weights), rank, f"source {source.layer} {name}")[1]
     for adapted in plan.adapted:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -128,12 +130,17 @@ def read_base(base: str) -> Base:
     config = read_config(source)
     dtype = torch.float32 if source.gguf_file else "auto"
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            source.location, config=config, dtype=dtype, attn_implementation="sdpa", **source.keywords
-        )
+        # The GGUF reader draws a bar of its own, which transformers' switch does not silence.
+        with contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext():
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                source.location, config=config, dtype=dtype, attn_implementation="sdpa", **source.keywords
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable(source, error) from None
     loaded.eval().requires_grad_(False)
+    if source.gguf_file:  # read as plain fp32 tensors; transformers would still refuse to cast or save it
+        loaded.hf_quantizer, loaded.is_quantized = None, False
+        del loaded.config.quantization_config
     return Base(display_name(base), decoder_shape(loaded), loaded, fingerprint(loaded), source)
 
 
@@ -195,7 +202,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def fp32_bytes(tensor: Tensor) -> memoryview:
     """Little-endian fp32 bytes of a tensor, without a copy if it is fp32 already."""
-    return memoryview(tensor.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B")
+    return tensor.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B")
 
 
 def is_tied(model: Any) -> bool:

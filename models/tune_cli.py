@@ -16,9 +16,17 @@ from ..artifact.plan import TARGETS, grouped_plan
 @click.command(context_settings=CLICK_CONTEXT)
 @click.version_option(package_name="plora")
 @click.argument("base", metavar="BASE")
-@click.option("--data", required=True, type=click.Path(path_type=Path), metavar="FILE", help='JSONL: {"prompt", "response"} or {"messages": […]} a line.')
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='JSONL: {"prompt", "response"} or {"messages": […]} a line.',
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Adapter folder to make.")
-@click.option("--basis", type=click.Path(path_type=Path), metavar="DIR", help="Keep the basis (and plan) of this adapter: only the cores are new.")
+@click.option(
+    "--basis", type=click.Path(path_type=Path), metavar="DIR", help="Keep the basis (and plan) of this adapter: only the cores are new."
+)
 @click.option("--rank", default=64, show_default=True, metavar="R", help="Rank of every down-projection A.")
 @click.option("--out-rank", type=int, metavar="R", help="Rows of every core M. [default: --rank]")
 @click.option("--targets", default="q,k,v", show_default=True, metavar="LIST", help=f"Projections to adapt, of {','.join(TARGETS)}.")
@@ -37,8 +45,17 @@ from ..artifact.plan import TARGETS, grouped_plan
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @reports_errors
 def main(
-    base: str, data: Path, out: Path, basis: Path | None, rank: int, out_rank: int | None, targets: str, group: int, separate: bool,
-    as_json: bool, **rest: Any,
+    base: str,
+    data: Path,
+    out: Path,
+    basis: Path | None,
+    rank: int,
+    out_rank: int | None,
+    targets: str,
+    group: int,
+    separate: bool,
+    as_json: bool,
+    **rest: Any,
 ) -> None:
     """Tune PrivateLoRA cores for BASE (a Hugging Face folder, a hub id, or a .gguf file).
 
@@ -55,7 +72,9 @@ def main(
     plan = None if basis else partial(grouped_plan, group=group, rank=rank, targets=names, out_rank=out_rank, separate=separate)
 
     def say(record: dict[str, Any]) -> None:
-        click.echo(f"step {record['step']}/{record['of']}: loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}", err=True)
+        click.echo(
+            f"step {record['step']}/{record['of']}: loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}", err=True
+        )
 
     summary = tune(TuneConfig(base, data, out, plan, basis, **rest), say)
     if as_json:

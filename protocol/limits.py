@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..artifact.errors import PlanError
 from ..artifact.hashes import PROTOCOL_MAJOR
 from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DTYPE_BYTES, DecoderShape
@@ -26,7 +27,13 @@ MAX_DETAIL_CHARACTERS = 500
 
 
 def step_tokens(plan: ExchangePlan, shape: DecoderShape) -> int:
-    """Most tokens of one step such that none of its frames passes MAX_FRAME_BYTES, in fp32; at most MAX_STEP_TOKENS."""
+    """Most tokens of one step such that none of its frames passes MAX_FRAME_BYTES, in fp32; at most MAX_STEP_TOKENS.
+
+    Raises PlanError if not even one token fits.
+    """
     entry = shape.hidden + (plan.entry_exchange.injection_columns if plan.entry_exchange else 0)
     widest = max([entry, *(max(e.compressed_columns, e.injection_columns) for e in plan.exchanges)])
-    return max(1, min(MAX_STEP_TOKENS, (MAX_FRAME_BYTES - FRAME_OVERHEAD_BYTES) // (widest * DTYPE_BYTES["fp32"])))
+    token_bytes = widest * DTYPE_BYTES["fp32"]
+    if token_bytes > MAX_FRAME_BYTES - FRAME_OVERHEAD_BYTES:
+        raise PlanError(f"one token takes {token_bytes} bytes in the plan's widest frame, the limit is {MAX_FRAME_BYTES}; lower the ranks")
+    return min(MAX_STEP_TOKENS, (MAX_FRAME_BYTES - FRAME_OVERHEAD_BYTES) // token_bytes)

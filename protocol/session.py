@@ -114,8 +114,19 @@ class Ignored:
 
 
 Event = (
-    Greeting | Opened | StepBegun | CompressedArrived | InjectionsArrived | StepDone | Truncated | CancelAsked | CancelDone
-    | CloseAsked | ClosedDone | Aborted | Ignored
+    Greeting
+    | Opened
+    | StepBegun
+    | CompressedArrived
+    | InjectionsArrived
+    | StepDone
+    | Truncated
+    | CancelAsked
+    | CancelDone
+    | CloseAsked
+    | ClosedDone
+    | Aborted
+    | Ignored
 )
 
 
@@ -182,10 +193,13 @@ class Session:
             frame = pb.Frame.FromString(data)
         except DecodeError:
             raise RemoteProtocolError(f"{len(data)} bytes that are not a frame", "BAD_FRAME") from None
-        # Unknown fields would be a place for text. A frame without them is as long as its canonical form.
+        # Unknown fields, overlong numbers and fields said twice would be places for text, so only the canonical form will do.
+        # Equal sizes are not enough: an enum of -1 may come in 5 bytes and go in 10, which leaves room for a field of 5.
         frame.DiscardUnknownFields()
-        if frame.ByteSize() != len(data):
-            raise RemoteProtocolError(f"a frame with {len(data) - frame.ByteSize()} bytes that its schema does not explain", "BAD_FRAME")
+        if frame.SerializeToString(deterministic=True) != data:
+            raise RemoteProtocolError(
+                f"a frame of {len(data)} bytes that is not the canonical form of what it says ({frame.ByteSize()} bytes)", "BAD_FRAME"
+            )
         return frame
 
     # A step, seen from either side
@@ -212,7 +226,7 @@ class Session:
             raise _wrong(error, f"entry of {tokens} tokens, expected 1..{terms.step_tokens}", "BAD_STEP")
         if position + tokens > terms.context_tokens:
             raise _wrong(error, f"{position} + {tokens} tokens pass the session's context of {terms.context_tokens}", "CONTEXT_FULL")
-        if exit_rows > tokens:
+        if not 0 <= exit_rows <= tokens:
             raise _wrong(error, f"exit of {exit_rows} rows wanted from a step of {tokens} tokens", "BAD_STEP")
 
     def _expected_exchange(self, index: int, error: type[Exception]) -> Exchange:
@@ -261,12 +275,12 @@ class DeviceSession(Session):
         tokens = len(hidden)
         self._check_entry(self.length, tokens, exit_rows, LocalProtocolError)
         frame = pb.Frame(entry=pb.Entry(step=self.step + 1, position=self.length, exit_rows=exit_rows))
-        frame.entry.hidden.CopyFrom(tensors.encode(hidden, self.dtype, self.shape.hidden, f"step {self.step + 1}, entry"))
+        frame.entry.hidden.CopyFrom(tensors.encode(hidden, self.dtype, tokens, self.shape.hidden, f"step {self.step + 1}, entry"))
         held = self.plan.entry_exchange
         if (injection is not None) != (held is not None):
             raise LocalProtocolError(f"step {self.step + 1}: the plan {'has' if held else 'has no'} injections at the entry")
         if injection is not None and held is not None:
-            frame.entry.injection.CopyFrom(tensors.encode(injection, self.dtype, held.injection_columns, "entry injection"))
+            frame.entry.injection.CopyFrom(tensors.encode(injection, self.dtype, tokens, held.injection_columns, "entry injection"))
         data = self._send(frame)
         self._begin(self.step + 1, tokens, exit_rows)
         return data
@@ -275,9 +289,8 @@ class DeviceSession(Session):
         """Answers the exchange that arrived last. values: [T, I] float32."""
         self._require("injections")
         exchange = self._expected_exchange(self.exchange, LocalProtocolError)
-        if len(values) != self.tokens:
-            raise LocalProtocolError(f"{self._where('injections')}: {len(values)} rows, expected {self.tokens}")
-        tensor = tensors.encode(values, self.dtype, exchange.injection_columns, self._where(f"injections of exchange {exchange.index}"))
+        where = self._where(f"injections of exchange {exchange.index}")
+        tensor = tensors.encode(values, self.dtype, self.tokens, exchange.injection_columns, where)
         data = self._send(pb.Frame(injections=pb.Injections(step=self.step, exchange=exchange.index, tensor=tensor)))
         self.exchange += 1
         return data
@@ -301,7 +314,7 @@ class DeviceSession(Session):
 
     def abort(self, code: str) -> bytes:
         """Ends the session because the cloud broke the protocol."""
-        return self._send(pb.Frame(abort=pb.Abort(code=pb.FaultCode.Value(code))))
+        return self._send(pb.Frame(abort=pb.Abort(code=code)))
 
     def _on_welcome(self, welcome: pb.Welcome) -> Opened:
         dtype = tensors.DTYPES.get(welcome.dtype, f"code {welcome.dtype}")
@@ -378,19 +391,17 @@ class CloudSession(Session):
         """The next exchange's values [T, C] float32."""
         self._require("compressed")
         exchange = self._expected_exchange(self.exchange, LocalProtocolError)
-        tensor = tensors.encode(
-            values, self._terms().dtype, exchange.compressed_columns, self._where(f"compressed of exchange {exchange.index}")
-        )
+        where = self._where(f"compressed of exchange {exchange.index}")
+        tensor = tensors.encode(values, self._terms().dtype, self.tokens, exchange.compressed_columns, where)
         return self._send(pb.Frame(compressed=pb.Compressed(step=self.step, exchange=exchange.index, tensor=tensor)))
 
     def exit(self, hidden: Floats) -> bytes:
         """The last `exit_rows` rows of the exit [exit_rows, hidden] float32: the step is done."""
         self._require("exit")
-        if len(hidden) != self.exit_rows:
-            raise LocalProtocolError(f"{self._where('exit')}: {len(hidden)} rows, expected {self.exit_rows}")
+        tensor = tensors.encode(hidden, self._terms().dtype, self.exit_rows, self.shape.hidden, self._where("exit"))
         frame = pb.Frame(exit=pb.Exit(step=self.step))
         if self.exit_rows:
-            frame.exit.hidden.CopyFrom(tensors.encode(hidden, self._terms().dtype, self.shape.hidden, self._where("exit")))
+            frame.exit.hidden.CopyFrom(tensor)
         data = self._send(frame)
         self._finish()
         return data
@@ -406,7 +417,7 @@ class CloudSession(Session):
 
     def fault(self, code: str, detail: str, retry_after_millis: int = 0) -> bytes:
         """Ends the session, or refuses to open it."""
-        fault = pb.Fault(code=pb.FaultCode.Value(code), detail=detail[:MAX_DETAIL_CHARACTERS], retry_after_millis=retry_after_millis)
+        fault = pb.Fault(code=code, detail=detail[:MAX_DETAIL_CHARACTERS], retry_after_millis=retry_after_millis)
         return self._send(pb.Frame(fault=fault))
 
     def _on_hello(self, hello: pb.Hello) -> Greeting:

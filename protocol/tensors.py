@@ -14,10 +14,10 @@ CODES: dict[str, pb.Dtype] = {"fp32": pb.FP32, "fp16": pb.FP16, "bf16": pb.BF16}
 Floats = NDArray[np.float32]
 
 
-def encode(values: Floats, dtype: str, columns: int, where: str) -> pb.Tensor:
+def encode(values: Floats, dtype: str, rows: int, columns: int, where: str) -> pb.Tensor:
     """values: [rows, columns] float32. Raises LocalProtocolError for another shape or values that are not finite in `dtype`."""
-    if values.ndim != 2 or values.shape[1] != columns or values.dtype != np.float32:
-        raise LocalProtocolError(f"{where}: got {list(values.shape)} {values.dtype}, expected [T, {columns}] float32")
+    if values.shape != (rows, columns) or values.dtype != np.float32:
+        raise LocalProtocolError(f"{where}: got {list(values.shape)} {values.dtype}, expected [{rows}, {columns}] float32")
     if dtype == "fp32":
         data, finite = np.ascontiguousarray(values, "<f4"), np.isfinite(values).all()
     elif dtype == "fp16":
@@ -29,7 +29,7 @@ def encode(values: Floats, dtype: str, columns: int, where: str) -> pb.Tensor:
         finite = ((data & 0x7F80) != 0x7F80).all()
     if not finite:
         raise LocalProtocolError(f"{where}: values that are not finite in {dtype} (largest magnitude {np.abs(values).max():.3g})")
-    return pb.Tensor(dtype=CODES[dtype], rows=values.shape[0], columns=columns, data=data.tobytes())
+    return pb.Tensor(dtype=CODES[dtype], rows=rows, columns=columns, data=data.tobytes())
 
 
 def decode(tensor: pb.Tensor, dtype: str, rows: int, columns: int, where: str) -> Floats:

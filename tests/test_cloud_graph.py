@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,7 +230,7 @@ def test_ragged_batches_equal_single_rows(name: str, seed: int, request: pytest.
             if running[i].done == len(running[i].entry):
                 finished[i] = running[i].exit
                 engine.pool.give_back(running.pop(i).slot)
-    assert sorted(finished) == list(range(9)) and widths >= {2, 3}
+    assert sorted(finished) == list(range(9)) and {2, 5} <= widths
     for i, entry in enumerate(entries):
         assert error(finished[i], alone(engine, made.adapter, entry)) < TOLERANCE
 
@@ -314,18 +313,15 @@ def test_grouped_plan_of_all_targets_over_the_wire(windowed: Made) -> None:
         assert session.answer.stats.round_trips_per_token == plan.round_trips
 
 
-@pytest.mark.parametrize(("dtype", "edge_dtype", "kl_nats"), [("fp16", "fp16", 1e-3), ("bf16", "fp32", 5e-2)])
+@pytest.mark.parametrize(("dtype", "edge_dtype", "kl_nats"), [("fp16", "fp16", 2e-4), ("bf16", "fp32", 1e-2)])
 def test_sixteen_bit_exports_verify_and_say_how_close(dtype: str, edge_dtype: str, kl_nats: float, tmp_path: Path) -> None:
     """kl_nats: ten times what 10 and 7 bits of mantissa gave here."""
     made = make_export(tmp_path, dtype=dtype, edge_dtype=edge_dtype)
     report = json.loads((made.out / "verification" / "report.json").read_text())
     assert (report["dtype"], report["edge_dtype"]) == (dtype, edge_dtype)
-    print(report)
     assert 0 < report["kl_nats"] < kl_nats and report["top1_agrees"] is True
     assert max(report["errors"].values()) <= report["tolerance"]
     assert read_manifest(CloudManifest, made.out / "cloud").dtype == dtype
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        engine = Engine(made.out / "cloud", KV_BYTES)
-    weights = [tensor for name, tensor in engine.graph.state_dict().items() if "inv_freq" not in name]
-    assert {tensor.dtype for tensor in weights} == {engine.dtype} == {engine.pool.keys[0].dtype}
+    engine = Engine(made.out / "cloud", KV_BYTES)
+    weights = [segment.down for segment in engine.segments] + [segment.first.qkv for segment in engine.segments]
+    assert {weight.dtype for weight in weights} == {engine.dtype} == {engine.pool.keys[0].dtype}

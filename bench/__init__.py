@@ -1,0 +1,1 @@
+"""Figures with their conditions: `make bench` writes docs/results/bench.json and prints the table."""
