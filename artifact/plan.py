@@ -152,6 +152,11 @@ class ExchangePlan:
                     raise PlanError(f"{at}, target {target}: out_rank {out_rank}, expected at least 1")
                 if SHARED not in ranks and target not in ranks:
                     raise PlanError(f"{at}, target {target}: source {adapted.source} has no down-projection for it")
+        for source in self.sources:
+            read = {target for adapted in self.adapted if adapted.source == source.layer for target, _ in adapted.out_ranks}
+            for name, _ in source.ranks:
+                if name != SHARED and name not in read:
+                    raise PlanError(f"source {source.layer}: no layer reads its down-projection {name}; leave it out")
 
     @cached_property
     def exchanges(self) -> tuple[Exchange, ...]:

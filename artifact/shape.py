@@ -66,10 +66,23 @@ class DecoderShape:
 
 
 def check_fits(plan: ExchangePlan, shape: DecoderShape) -> None:
-    """Raises PlanError where the plan's layers or ranks do not fit the decoder."""
+    """Raises PlanError where the decoder's sizes make no sense, or the plan's layers or ranks do not fit it."""
     if plan.layers != shape.layers:
         raise PlanError(f"the plan is for {plan.layers} layers, the model has {shape.layers}")
+    _check_sizes(shape)
     for source in plan.sources:
         for name, rank in source.ranks:
             if rank > shape.hidden:
                 raise PlanError(f"source {source.layer}, down-projection {name}: rank {rank} exceeds the hidden size {shape.hidden}")
+
+
+def _check_sizes(shape: DecoderShape) -> None:
+    for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "context_tokens"):
+        if getattr(shape, name) < 1:
+            raise PlanError(f"{name} {getattr(shape, name)}, expected at least 1")
+    if shape.heads % shape.kv_heads:
+        raise PlanError(f"{shape.heads} heads do not share {shape.kv_heads} key-value heads evenly")
+    if len(shape.windows) != shape.layers or min(shape.windows) < 0:
+        raise PlanError(f"windows {list(shape.windows)}, expected one of 0 or more tokens for each of {shape.layers} layers")
+    if len(shape.rope.inv_freq) * 2 != shape.head_dim:
+        raise PlanError(f"{len(shape.rope.inv_freq)} rope frequencies, expected half of head_dim {shape.head_dim}")

@@ -50,7 +50,10 @@ def compare(base: str, out: Path, rounds: int) -> dict[str, Any]:
                     figures[f"{name}_rss_bytes"] = answer["rss_bytes"]
             for name, values in seconds.items():
                 quarters = statistics.quantiles(values, n=4)
-                figures[f"{name}_token_millis"] = {"median": 1e3 * statistics.median(values), "quartiles": [1e3 * quarters[0], 1e3 * quarters[2]]}
+                figures[f"{name}_token_millis"] = {
+                    "median": 1e3 * statistics.median(values),
+                    "quartiles": [1e3 * quarters[0], 1e3 * quarters[2]],
+                }
             figures["split_over_unsplit"] = statistics.median(seconds["unsplit"]) / statistics.median(seconds["split"])
             figures["tokens_equal"] = tokens["unsplit"] == tokens["split"]
             figures["cloud_rss_bytes"] = server.rss_bytes
@@ -136,7 +139,14 @@ def socket_bytes(address: str, edge: Path, dtype: str = "fp32") -> dict[str, Any
             list(session.stream(prompt_within(session.edge.shape.vocabulary), session.sampling(max_tokens=count, temperature=0.0)))
             time.sleep(0.2)  # what is still on its way through the relay
             assert session.answer is not None
-            counted.append((relay.up - before[0], relay.down - before[1], session._stepper.counters.round_trips - before[2], len(session.answer.token_ids)))
+            counted.append(
+                (
+                    relay.up - before[0],
+                    relay.down - before[1],
+                    session._stepper.counters.round_trips - before[2],
+                    len(session.answer.token_ids),
+                )
+            )
         (up_a, down_a, trips_a, n_a), (up_b, down_b, trips_b, n_b) = counted
         tokens = n_b - n_a
         cost = payload(session.edge.plan, session.edge.shape, dtype)
@@ -230,7 +240,9 @@ def where_it_goes(figures: dict[str, Any]) -> dict[str, float]:
         "device cores, all exchanges": own["cores_millis"],
         "device embedding": own["embedding_millis"],
     }
-    parts["30 round trips of gRPC over loopback, framing, checks, scheduling"] = figures["split_token_millis"]["median"] - sum(parts.values())
+    parts["30 round trips of gRPC over loopback, framing, checks, scheduling"] = figures["split_token_millis"]["median"] - sum(
+        parts.values()
+    )
     return parts
 
 
@@ -243,15 +255,27 @@ def table(figures: dict[str, Any]) -> str:
         ("split, ms per token", f"{decode['split_token_millis']['median']:.1f}"),
         *((f"  {place}", f"{millis:.1f} ms") for place, millis in figures["where_a_split_token_goes_millis"].items()),
         ("round trips per token", f"{decode['socket']['round_trips_per_token']:.0f}"),
-        ("bytes per token on the socket, up / down", f"{decode['socket']['up_bytes_per_token']:,.0f} / {decode['socket']['down_bytes_per_token']:,.0f}"),
+        (
+            "bytes per token on the socket, up / down",
+            f"{decode['socket']['up_bytes_per_token']:,.0f} / {decode['socket']['down_bytes_per_token']:,.0f}",
+        ),
         ("communication reduction, 7B width, rank 128, one A", f"{100 * wide['shared']['communication_reduction']:.1f} %"),
         ("communication reduction, 7B width, rank 128, separate A", f"{100 * wide['separate']['communication_reduction']:.1f} %"),
-        *((f"first token, prompt of {size}: split / unsplit", f"{t['split']:.2f} / {t['unsplit']:.2f} s") for size, t in decode["ttft_seconds"].items()),
-        ("export from a folder: s, peak over checkpoint", f"{narrow['folder']['seconds']:.0f} s, {narrow['folder']['peak_over_checkpoint']:.2f}"),
+        *(
+            (f"first token, prompt of {size}: split / unsplit", f"{t['split']:.2f} / {t['unsplit']:.2f} s")
+            for size, t in decode["ttft_seconds"].items()
+        ),
+        (
+            "export from a folder: s, peak over checkpoint",
+            f"{narrow['folder']['seconds']:.0f} s, {narrow['folder']['peak_over_checkpoint']:.2f}",
+        ),
         ("export from GGUF: s, peak over checkpoint", f"{narrow['gguf']['seconds']:.0f} s, {narrow['gguf']['peak_over_checkpoint']:.2f}"),
         ("resident, device / cloud", f"{decode['split_rss_bytes'] / 1e6:.0f} / {decode['cloud_rss_bytes'] / 1e6:.0f} MB"),
         ("cloud: start to listening", f"{decode['cloud_start_seconds']:.1f} s"),
-        ("device: import / one token, whole process", f"{figures['start']['device_import_seconds']:.2f} / {figures['start']['device_one_token_seconds']:.2f} s"),
+        (
+            "device: import / one token, whole process",
+            f"{figures['start']['device_import_seconds']:.2f} / {figures['start']['device_one_token_seconds']:.2f} s",
+        ),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

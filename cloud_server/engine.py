@@ -14,6 +14,7 @@ from torch import Tensor
 from ..artifact.errors import DamagedFile, UsageError
 from ..artifact.manifest import CloudManifest, check_files, read_manifest, require_file
 from ..artifact.names import CLOUD_GRAPH
+from ..protocol.limits import step_tokens
 from .cache import Pool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,6 +53,7 @@ class Engine:
         context = context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
         if not 1 <= context <= self.shape.context_tokens:
             raise UsageError(f"--context {context}, expected 1..{self.shape.context_tokens}, the model's own")
+        self.step_tokens = min(step_tokens(self.plan, self.shape), context)
         layers = self.plan.layers - self.plan.front_layers - self.plan.back_layers
         self.pool = Pool(self.shape, layers, context, kv_bytes, self.dtype, self.manifest.dtype)
         path = require_file(self.manifest, folder, CLOUD_GRAPH)

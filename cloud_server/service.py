@@ -16,7 +16,7 @@ import grpc.aio
 from ..artifact.errors import PloraError, RemoteProtocolError
 from ..artifact.plan import Exchange, Segment
 from ..artifact.walk import Exit, walk
-from ..protocol.limits import SESSION_BYTES, step_tokens
+from ..protocol.limits import SESSION_BYTES
 from ..protocol.session import (
     Aborted,
     CancelAsked,
@@ -203,7 +203,7 @@ class Connection:
                 Terms(
                     greeting.dtype,
                     pool.context_tokens,
-                    min(step_tokens(engine.plan, engine.shape), pool.context_tokens),
+                    engine.step_tokens,
                     int(self.service.limits.idle_seconds * 1000),
                     os.urandom(SESSION_BYTES),
                 )

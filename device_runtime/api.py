@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ..artifact.errors import ContextOverflow, PloraError
+from ..artifact.errors import ContextOverflow, PloraError, UsageError
 from .edge import Edge
 from .runner import Runner
 from .sampling import Sampler, Sampling, choose_sampling
@@ -111,6 +111,11 @@ class PrivateSession:
                 f"a prompt of {len(prompt)} tokens, expected 1..{context - 1} (the model's context is {self.edge.shape.context_tokens}, "
                 f"the cloud gave this session {self.terms.context_tokens})"
             )
+        if not 0 <= min(prompt) <= max(prompt) < self.edge.shape.vocabulary:
+            raise UsageError(
+                f"token ids {min(prompt)} to {max(prompt)}, expected 0 to {self.edge.shape.vocabulary - 1}: "
+                "the tokenizer knows tokens that the model has no embedding for"
+            )
         return self._generate(prompt, sampling, min(sampling.max_tokens, context - len(prompt)))
 
     def _generate(self, prompt: list[int], sampling: Sampling, max_tokens: int) -> Iterator[Piece]:
@@ -147,7 +152,7 @@ class PrivateSession:
         kept = 0
         while kept < min(len(self._cached), len(prompt) - 1) and self._cached[kept] == prompt[kept]:
             kept += 1
-        if kept < len(self._cached):
+        if kept < self._stepper.machine.length:  # more than `_cached` if Ctrl-C came as a step ended
             self._run(self._stepper.truncate(kept))
             del self._cached[kept:]
         rest = prompt[kept:]

@@ -29,7 +29,10 @@ class Runner:
         if ours:
             signal.signal(signal.SIGINT, self._on_sigint)
         try:
-            return self.loop.run_until_complete(self.task)
+            result = self.loop.run_until_complete(self.task)
+            if self.interrupted:  # too late to cancel anything, and not to be lost
+                raise KeyboardInterrupt
+            return result
         except asyncio.CancelledError:
             if self.interrupted:
                 raise KeyboardInterrupt from None

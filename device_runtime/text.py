@@ -61,11 +61,13 @@ class Text:
     def render(self, messages: list[dict[str, str]]) -> str:
         if self.template_source is None:
             raise UsageError("this model has no chat template; pass --raw to send the prompt as it is")
-        if self._template is None:
-            self._template = _environment().from_string(self.template_source)
         try:
+            if self._template is None:
+                self._template = _environment().from_string(self.template_source)
             return self._template.render(messages=messages, add_generation_prompt=True, **self.defaults.special_tokens)
-        except jinja2.TemplateError as error:
+        except jinja2.TemplateSyntaxError as error:
+            raise UsageError(f"the chat template cannot be read (line {error.lineno}: {error}); pass --raw to do without it") from None
+        except Exception as error:  # a template is a program: it may divide by zero, ask for a huge range, or refuse by itself
             raise UsageError(f"the chat template refuses these messages: {error}") from None
 
     def decode(self, ids: list[int]) -> str:
@@ -114,18 +116,18 @@ class Stream:
             self.stopped = True
             self.whole = self.whole[: min(found)]
             return self._emit(len(self.whole))
-        return self._emit(min(certain, len(self.whole) - self._held_back()))
+        return self._emit(certain - self._held_back(self.whole[:certain]))
 
     def finish(self) -> str:
         """Whatever was held back."""
         return self._emit(len(self.whole))
 
-    def _held_back(self) -> int:
-        """Length of the longest end of the text that could still become a stop text."""
+    def _held_back(self, certain: str) -> int:
+        """Length of the longest end of `certain` that could still become a stop text."""
         longest = 0
         for stop in self.stop:
-            for size in range(min(len(stop) - 1, len(self.whole)), longest, -1):
-                if self.whole.endswith(stop[:size]):
+            for size in range(min(len(stop) - 1, len(certain)), longest, -1):
+                if certain.endswith(stop[:size]):
                     longest = size
                     break
         return longest

@@ -38,6 +38,7 @@ class Transport:
         self.deadlines = deadlines
         self.bytes_up = 0
         self.bytes_down = 0
+        self.writing: asyncio.Task[None] | None = None
 
     async def connect(self) -> None:
         """Raises Unreachable if nothing answers at the address within connect_seconds."""
@@ -69,15 +70,21 @@ class Transport:
 
     async def send(self, data: bytes) -> None:
         self.bytes_up += len(data)
+        if self.writing is not None and not self.writing.done():  # left behind by a Ctrl-C: grpc takes one write at a time
+            await asyncio.wait([self.writing])
+        self.writing = asyncio.ensure_future(self._write(data))
+        await asyncio.shield(self.writing)  # a write or read that is cancelled ends the whole call
+
+    async def _write(self, data: bytes) -> None:
         try:
-            await asyncio.shield(self.call.write(data))  # as below
+            await self.call.write(data)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the cloud may have said why before it closed: the next receive tells
 
     async def receive(self) -> bytes:
         """The next frame. Raises Unreachable if the stream ended. Whoever calls sets the deadline."""
         try:
-            data = await asyncio.shield(self.reading)  # a read that is cancelled (Ctrl-C) ends the whole call
+            data = await asyncio.shield(self.reading)
         except grpc.aio.AioRpcError as error:
             raise Unreachable(f"{self.address}: connection lost ({error.code().name}: {error.details()})") from None
         if not isinstance(data, bytes):
@@ -88,7 +95,7 @@ class Transport:
 
     async def close(self) -> None:
         self.call.cancel()
-        await asyncio.wait([self.reading])
+        await asyncio.wait([self.reading, *([self.writing] if self.writing else [])])
         if not self.reading.cancelled():
             self.reading.exception()  # seen: nothing is left to say
         await self.channel.close()

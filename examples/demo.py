@@ -34,7 +34,9 @@ def main() -> None:
     subprocess.run([BIN / "plora-export", model, "--adapter", ADAPTER, "--out", OUT, "--replace"], check=True)
     print("\n2. Cloud: serves layers and KV cache; it has no tokenizer, no embedding, no head, no core", flush=True)
     with cloud() as address:
-        print(f"   listening on {address}\n\n3. Device: asks; the text never leaves it (docs/privacy.md says what the activations still tell)")
+        print(
+            f"   listening on {address}\n\n3. Device: asks; the text never leaves it (docs/privacy.md says what the activations still tell)"
+        )
         for question in QUESTIONS:
             print(f"\n   you      {question}")
             print(f"   base     {ask(address, question, '--cores', 'none')['text']}")
@@ -48,15 +50,15 @@ def main() -> None:
             f"{stats['round_trips_per_token']:.0f} round trips"
         )
         wire = stats["round_trips_per_token"] * RTT_MILLIS / 1000
-        print(f"   That was loopback. At {RTT_MILLIS} ms of round trip the paper's plan waits {wire:.2f} s per token for the network alone.")
+        print(
+            f"   That was loopback. At {RTT_MILLIS} ms of round trip the paper's plan waits {wire:.2f} s per token for the network alone."
+        )
 
 
 @contextmanager
 def cloud() -> Iterator[str]:
     """`plora-cloud serve` on a free port, ended by its own id."""
-    process = subprocess.Popen(
-        [BIN / "plora-cloud", "serve", OUT / "cloud", "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([BIN / "plora-cloud", "serve", OUT / "cloud", "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         for line in process.stdout:

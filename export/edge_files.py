@@ -51,7 +51,7 @@ def write_text_files(folder: Path, model: Any, tokenizer: Any) -> list[str]:
         (folder / CHAT_TEMPLATE).write_text(chat_template(tokenizer), encoding="utf-8")
         names.append(CHAT_TEMPLATE)
     generation = model.generation_config
-    end = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    end = generation.eos_token_id  # what generate() stops at; the tokenizer's own end token is not asked
     sampled = bool(generation.do_sample)
     write_json(
         folder / GENERATION,

@@ -21,6 +21,7 @@ from ..artifact.shape import DecoderShape, check_fits
 from ..models.adapter import Adapter, check_base, check_shapes, expected_basis, read_adapter
 from ..models.authors import read_authors_checkpoint
 from ..models.checkpoint import Base, is_tied, read_base, read_tokenizer
+from ..protocol.limits import step_tokens
 from .cloud_file import write_cloud_graph
 from .cloud_graph import build_cloud_graph
 from .edge_files import TABLE_DTYPES, write_edge
@@ -56,6 +57,7 @@ def open_adapter(path: Path, shape: DecoderShape) -> Adapter:
     check_fits(adapter.config.plan, shape)
     check_shapes(adapter.basis, expected_basis(adapter.config.plan, shape), str(path))
     require_runnable(adapter.config.plan)
+    step_tokens(adapter.config.plan, shape)  # refuses ranks of which not even one token fits a frame
     return adapter
 
 

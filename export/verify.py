@@ -249,7 +249,8 @@ def _judge(report: Report) -> None:
     for name, error in report.errors.items():  # in the order of the walk: the first one is nearest to the cause
         if error > report.tolerance:
             raise VerificationError(
-                f"{name} differs from the unsplit model by {error:.2e} of its largest value, allowed {report.tolerance:.0e} in {report.dtype}"
+                f"{name} differs from the unsplit model by {error:.2e} of its largest value, "
+                f"allowed {report.tolerance:.0e} in {report.dtype}"
             )
     if report.ort_error > TOLERANCES["fp32"]:
         raise VerificationError(f"the .ort graphs differ from the .onnx graphs by {report.ort_error:.2e}, allowed {TOLERANCES['fp32']:.0e}")

@@ -7,6 +7,7 @@ Basis (A, B, s, plan) and cores (M) live in files of their own, so that many per
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from ..artifact.errors import AdapterError, DamagedFile, MissingFile, WrongPair
@@ -124,7 +125,16 @@ def write_cores(adapter: Adapter, path: Path) -> None:
     """The private half of an adapter as one file that names the basis it belongs to."""
     metadata = {"format": CORES_FORMAT, "basis": adapter.config.basis}
     with new_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in adapter.cores.items()}, temporary, metadata)
+        temporary.touch(0o600)  # private: for its owner alone
+        temporary.write_bytes(sorted_header(save({name: tensor.contiguous() for name, tensor in adapter.cores.items()}, metadata)))
+
+
+def sorted_header(file: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them as a hash map that it seeds in every process."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    return file[:8] + json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size) + file[8 + size :]
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -3,7 +3,6 @@ layer and target, separate A, scale 1."""
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,9 @@ def _load(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise MissingFile(f"{path}: not found") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DamagedFile(f"{path}: not a torch file of tensors: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch's restricted unpickler lets KeyError, IndexError and more through on damaged files
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DamagedFile(f"{path}: not a torch file of tensors: {said}") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):

@@ -72,7 +72,7 @@ def read_config(source: Source) -> Any:
             raise UnsupportedModel(_unsupported(model_type))
     try:
         config = transformers.AutoConfig.from_pretrained(source.location, **source.keywords)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # transformers reads files that anyone may have made, and raises what its parsers raise
         raise _unreadable(source, error) from None
     if config.model_type not in SUPPORTED:
         raise UnsupportedModel(_unsupported(config.model_type))
@@ -135,7 +135,7 @@ def read_base(base: str) -> Base:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 source.location, config=config, dtype=dtype, attn_implementation="sdpa", **source.keywords
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers reads files that anyone may have made, and raises what its parsers raise
         raise _unreadable(source, error) from None
     loaded.eval().requires_grad_(False)
     if source.gguf_file:  # read as plain fp32 tensors; transformers would still refuse to cast or save it
@@ -153,7 +153,7 @@ def read_tokenizer(source: Source) -> Any:
     """The fast tokenizer of a checkpoint. Raises UnsupportedModel if it has none."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **source.keywords)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers reads files that anyone may have made, and raises what its parsers raise
         raise _unreadable(source, error) from None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UnsupportedModel(f"{source.location}: its tokenizer {type(tokenizer).__name__} has no tokenizer.json form for the device")
@@ -175,7 +175,7 @@ def decoder_shape(model: Any) -> DecoderShape:
         intermediate=config.intermediate_size,
         vocabulary=normal.vocab_size,
         context_tokens=config.max_position_embeddings,
-        epsilon=float(config.rms_norm_eps),
+        epsilon=float(torch.tensor(config.rms_norm_eps, dtype=torch.float32)),  # as it is used, and as a GGUF stores it
         windows=_windows(config, normal.num_layers),
         rope=Rope(tuple(rotary.inv_freq.float().tolist()), float(rotary.attention_scaling)),
     )

@@ -230,7 +230,8 @@ def test_ragged_batches_equal_single_rows(name: str, seed: int, request: pytest.
             if running[i].done == len(running[i].entry):
                 finished[i] = running[i].exit
                 engine.pool.give_back(running.pop(i).slot)
-    assert sorted(finished) == list(range(9)) and {2, 5} <= widths
+    assert sorted(finished) == list(range(9))
+    assert {2, 5} <= widths
     for i, entry in enumerate(entries):
         assert error(finished[i], alone(engine, made.adapter, entry)) < TOLERANCE
 
@@ -301,7 +302,8 @@ def test_grouped_plan_of_all_targets_over_the_wire(windowed: Made) -> None:
     """No weight can hold these adapters, so the oracle is the formula hooked into transformers."""
     base = oracle(windowed)
     plan = windowed.adapter.config.plan
-    assert plan.round_trips == 3 and base.shape.layers == 3  # two exchanges for three layers
+    assert plan.round_trips == 3
+    assert base.shape.layers == 3
     with cloud(windowed.out / "cloud") as (address, _), open_session(windowed.out / "edge", address) as session:
         for prompt in ("the quick brown fox", "a lighthouse keeper writes down the weather"):
             ids = session.text.encode_raw(prompt)
@@ -319,7 +321,8 @@ def test_sixteen_bit_exports_verify_and_say_how_close(dtype: str, edge_dtype: st
     made = make_export(tmp_path, dtype=dtype, edge_dtype=edge_dtype)
     report = json.loads((made.out / "verification" / "report.json").read_text())
     assert (report["dtype"], report["edge_dtype"]) == (dtype, edge_dtype)
-    assert 0 < report["kl_nats"] < kl_nats and report["top1_agrees"] is True
+    assert 0 < report["kl_nats"] < kl_nats
+    assert report["top1_agrees"] is True
     assert max(report["errors"].values()) <= report["tolerance"]
     assert read_manifest(CloudManifest, made.out / "cloud").dtype == dtype
     engine = Engine(made.out / "cloud", KV_BYTES)

@@ -156,6 +156,10 @@ def test_a_split_character_comes_out_whole() -> None:
     assert streamed([b"a", owl[:1], owl[1:3], owl[3:], b"b"], ()) == ["a", "", "", "🦉", "b", ""]
 
 
+def test_a_stop_text_is_held_back_before_half_a_character() -> None:
+    assert streamed([b"xa", "é".encode()[:1], "é".encode()[1:]], ("aé",)) == ["x", "", "", ""]
+
+
 def test_a_split_stop_text_is_held_back_and_let_go() -> None:
     assert streamed([b"one EN", b"D", b" two"], ("END",)) == ["one ", "", ""]
     assert streamed([b"one EN", b"TER", b" two"], ("END",)) == ["one ", "ENTER", " two", ""]  # the control: no stop text after all
@@ -281,6 +285,12 @@ def test_a_prompt_too_long_is_refused_before_anything_is_sent(session: PrivateSe
     assert len(answer(session, [5] * (context - 1), 50)) == 1  # the longest one has room for a token
     assert session.answer is not None
     assert session.answer.finish_reason == "length"
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(session: PrivateSession) -> None:
+    for ids in ([5, VOCABULARY], [-1, 5]):
+        with pytest.raises(UsageError, match=rf"expected 0 to {VOCABULARY - 1}"):
+            session.stream(ids)
 
 
 def test_finish_reasons_and_the_end_token(session: PrivateSession) -> None:

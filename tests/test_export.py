@@ -119,7 +119,8 @@ def test_onnx_graphs_pass_the_checker_and_have_no_external_data(made: Made) -> N
         assert not any(weight.external_data for weight in model.graph.initializer)
         assert {node.domain for node in model.graph.node} == {""}
     operators = (made.out / "edge" / OPERATORS).read_text()
-    assert "Gather" in operators and "Gemm" in operators
+    assert "Gather" in operators
+    assert "Gemm" in operators
 
 
 def test_same_input_same_bytes(made: Made, again: Path) -> None:
@@ -157,7 +158,8 @@ def test_ort_equals_onnx_over_the_wire(made: Made, served: str, merged: Base) ->
 
 
 def test_tied_model_has_one_table_that_both_graphs_read(tied: Made, made: Made) -> None:
-    assert (tied.out / "edge" / TABLE).is_file() and not (tied.out / "edge" / HEAD_TABLE).exists()
+    assert (tied.out / "edge" / TABLE).is_file()
+    assert not (tied.out / "edge" / HEAD_TABLE).exists()
     assert (made.out / "edge" / HEAD_TABLE).is_file()
     edge, model = Edge(tied.out / "edge"), oracle(tied).model
     table = model.model.embed_tokens.weight.detach()
@@ -318,7 +320,8 @@ def test_the_record_is_needed_and_compared(copy: Path) -> None:
 def test_report_says_what_was_compared(made: Made) -> None:
     report = json.loads((made.out / "verification" / "report.json").read_text())
     assert set(report["errors"]) == {"entry", "exit", "logits", *(f"{kind}.{i}" for kind in ("compressed", "injection") for i in range(3))}
-    assert report["tolerance"] == 1e-4 and max(report["errors"].values()) < 1e-5  # a tenth of what is allowed
+    assert report["tolerance"] == 1e-4
+    assert max(report["errors"].values()) < 1e-5
     assert report["greedy_equal"] == report["greedy_tokens"] == 24
     assert report["perturbed_error"] > 100 * report["tolerance"]
 
@@ -352,7 +355,8 @@ def test_an_existing_out_is_refused_before_any_work(made: Made, tmp_path: Path) 
     told: list[str] = []
     with pytest.raises(UsageError, match=r"already exists; choose another --out or pass --replace"):
         export(ExportConfig(str(made.base), made.adapter_folder, tmp_path), told.append)
-    assert told == [] and list(tmp_path.iterdir()) == []
+    assert told == []
+    assert list(tmp_path.iterdir()) == []
     assert len(STAGES) == 6
 
 
@@ -402,8 +406,10 @@ def test_cores_only_of_another_basis_is_refused(made: Made, tmp_path: Path) -> N
     arguments = ["--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "persona"), "--cores-only", "--exported", str(made.out)]
     result = subprocess.run([command("plora-export"), str(made.base), *arguments], capture_output=True, text=True, timeout=60)
     assert result.returncode == WrongPair.exit_code
-    assert result.stderr.startswith("error: ") and "tune with --basis on the adapter that was exported" in result.stderr
-    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    assert "tune with --basis on the adapter that was exported" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
     assert not (tmp_path / "persona").exists()
 
 
@@ -415,5 +421,8 @@ def test_verify_command_reports_and_refuses(copy: Path) -> None:
     assert good.returncode == 0 and json.loads(good.stdout)["greedy_equal"] == 24, good.stderr
     flip(copy / "edge" / CHAT_TEMPLATE, 5)
     bad = run()
-    assert bad.returncode == DamagedFile.exit_code and bad.stdout == ""
-    assert bad.stderr.startswith("error: ") and CHAT_TEMPLATE in bad.stderr and "Traceback" not in bad.stderr
+    assert bad.returncode == DamagedFile.exit_code
+    assert bad.stdout == ""
+    assert bad.stderr.startswith("error: ")
+    assert CHAT_TEMPLATE in bad.stderr
+    assert "Traceback" not in bad.stderr

@@ -58,7 +58,9 @@ class Replay:
             "entry": lambda: device.entry(self.floats(message.hidden), message.exit_rows),
             "compressed": lambda: cloud.compressed(self.floats(message.tensor)),
             "injections": lambda: device.injections(self.floats(message.tensor)),
-            "exit": lambda: cloud.exit(self.floats(message.hidden) if message.HasField("hidden") else np.zeros((0, cloud.shape.hidden), np.float32)),
+            "exit": lambda: cloud.exit(
+                self.floats(message.hidden) if message.HasField("hidden") else np.zeros((0, cloud.shape.hidden), np.float32)
+            ),
             "truncate": lambda: device.truncate(message.length),
             "cancel": device.cancel,
             "cancelled": cloud.cancelled,

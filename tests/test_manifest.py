@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +72,23 @@ REFUSED: dict[str, tuple[Edit, type[PloraError], str]] = {
     "unknown key": (lambda m: m.update(extra=1), ManifestError, r"manifest\.json\.extra: unknown key; known: format, "),
     "unknown key inside": (lambda m: m["contract"]["shape"].update(extra=1), ManifestError, r"\.contract\.shape\.extra: unknown key"),
     "missing key": (lambda m: m.pop("dtype"), ManifestError, r"manifest\.json\.dtype: missing key"),
-    "missing key inside": (lambda m: m["contract"]["plan"]["sources"][1].pop("ranks"), ManifestError, r"\.plan\.sources\[1\]\.ranks: missing key"),
-    "string for a number": (lambda m: m["contract"]["plan"].update(layers="3"), ManifestError, r"\.plan\.layers: got '3' \(str\), expected int"),
-    "truth value for a number": (lambda m: m["contract"]["plan"].update(layers=True), ManifestError, r"\.layers: got True \(bool\), expected int"),
-    "float for an integer": (lambda m: m["contract"]["shape"].update(heads=6.0), ManifestError, r"\.heads: got 6\.0 \(float\), expected int"),
+    "missing key inside": (lambda m: m["contract"]["plan"]["sources"][1].pop("ranks"), ManifestError, r"\.sources\[1\]\.ranks: missing"),
+    "string for a number": (lambda m: m["contract"]["plan"].update(layers="3"), ManifestError, r"\.layers: got '3' \(str\), expected int"),
+    "truth value for a number": (lambda m: m["contract"]["plan"].update(layers=True), ManifestError, r"\.layers: got True \(bool\)"),
+    "float for an integer": (lambda m: m["contract"]["shape"].update(heads=6.0), ManifestError, r"\.heads: got 6\.0 \(float\)"),
     "number for a string": (lambda m: m.update(made_by=1), ManifestError, r"\.made_by: got 1 \(int\), expected str"),
     "null": (lambda m: m.update(dtype=None), ManifestError, r"\.dtype: got None"),
     "truth value for a float": (lambda m: m["contract"]["shape"].update(epsilon=True), ManifestError, r"\.epsilon: got True"),
     "NaN": (lambda m: m["contract"]["shape"].update(epsilon=float("nan")), ManifestError, r"\.epsilon: .*not finite"),
-    "infinity": (lambda m: m["contract"]["shape"]["rope"]["inv_freq"].append(float("inf")), ManifestError, r"\.inv_freq\[\d+\]: .*not finite"),
+    "infinity": (lambda m: m["contract"]["shape"]["rope"]["inv_freq"].append(float("inf")), ManifestError, r"\.inv_freq\[\d+\]: .*finite"),
     "integer that no float holds": (lambda m: m["contract"]["shape"].update(epsilon=10**400), ManifestError, r"\.epsilon: .*not finite"),
     "object for a list": (lambda m: m["contract"]["plan"].update(sources={}), ManifestError, r"\.plan\.sources: got dict, expected a list"),
     "list for an object": (lambda m: m.update(files=[]), ManifestError, r"\.files: got list, expected an object"),
-    "list for a dataclass": (lambda m: m.update(contract=[]), ManifestError, r"\.contract: got list, expected an object with the keys of Contract"),
+    "list for a dataclass": (lambda m: m.update(contract=[]), ManifestError, r"\.contract: got list, expected .* keys of Contract"),
     "pair of three": (
-        lambda m: m["contract"]["plan"]["adapted"][2]["out_ranks"][0].append(1), ManifestError, r"adapted\[2\]\.out_ranks\[0\]: got 3 entries, expected 2"
+        lambda m: m["contract"]["plan"]["adapted"][2]["out_ranks"][0].append(1),
+        ManifestError,
+        r"adapted\[2\]\.out_ranks\[0\]: got 3 entries, expected 2",
     ),
     "record without hash": (lambda m: m["files"][CLOUD_GRAPH].pop("sha256"), ManifestError, r"\.files\.cloud\.pt\.sha256: missing key"),
     "other format": (lambda m: m.update(format="plora-edge"), ManifestError, r"\.format: got 'plora-edge', expected 'plora-cloud'"),
@@ -151,7 +155,7 @@ def test_a_manifest_that_is_no_object(content: str, tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(MissingFile, match="is .* the folder that you meant"):
+    with pytest.raises(MissingFile, match=r"is .* the folder that you meant"):
         read_manifest(CloudManifest, tmp_path)
     (tmp_path / MANIFEST).mkdir()
     with pytest.raises(DamagedFile, match="cannot be read"):
@@ -176,10 +180,8 @@ def test_no_value_anywhere_makes_another_error(made: Made, data: st.DataObject) 
             break
         at = at[key]
     at[key] = data.draw(JSON_VALUES)
-    try:
-        decode(CloudManifest, value, "manifest").contract.hash  # noqa: B018
-    except (ArtifactError, PlanError) as error:
-        assert str(error)  # any other error fails the test
+    with contextlib.suppress(ArtifactError, PlanError):  # any other error fails the test
+        assert len(decode(CloudManifest, value, "manifest").contract.hash) == 64
 
 
 def damage_byte(path: Path) -> None:
@@ -245,6 +247,13 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert list(out.parent.iterdir()) == [out]
 
 
+def fail_inside(block: AbstractContextManager[Path], name: str, error: type[BaseException]) -> None:
+    """Writes half of something at `name` below what the block gives, and fails."""
+    with block as temporary:
+        (temporary / name).write_text("half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_failed_folder_leaves_nothing(error: type[BaseException], replace: bool, tmp_path: Path) -> None:
@@ -252,9 +261,8 @@ def test_a_failed_folder_leaves_nothing(error: type[BaseException], replace: boo
     if replace:
         out.mkdir()
         (out / "old").write_text("old")
-    with pytest.raises(error), new_folder(out, replace) as temporary:
-        (temporary / "file").write_text("half")
-        raise error
+    with pytest.raises(error):
+        fail_inside(new_folder(out, replace), "file", error)
     assert list(tmp_path.iterdir()) == ([out] if replace else [])
     assert not replace or [path.name for path in out.iterdir()] == ["old"]
 
@@ -275,8 +283,7 @@ def test_a_folder_replaces_only_when_told(tmp_path: Path) -> None:
 def test_a_folder_that_somebody_else_made_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="already exists"), new_folder(out):
-        out.mkdir()
-        (out / "theirs").write_text("theirs")
+        (out / "theirs").mkdir(parents=True)
     assert [path.name for path in out.iterdir()] == ["theirs"]
     assert list(tmp_path.iterdir()) == [out]
 
@@ -317,9 +324,8 @@ def test_a_file_appears_whole_or_not_at_all(error: type[BaseException], tmp_path
         temporary.write_text("first")
         assert not out.exists()
     assert out.read_text() == "first"
-    with pytest.raises(error), new_file(out) as temporary:
-        temporary.write_text("half")
-        raise error
+    with pytest.raises(error):
+        fail_inside(new_file(out), "", error)
     assert out.read_text() == "first"
     with new_file(out) as temporary:
         temporary.write_text("second")

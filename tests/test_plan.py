@@ -60,7 +60,7 @@ def legal_plans(draw: st.DrawFn) -> ExchangePlan:
     sources = []
     for layer in sorted({each.source for each in adapted}):
         read = {target for each in adapted if each.source == layer for target, _ in each.out_ranks}
-        names = draw(st.sampled_from([(SHARED,), tuple(target for target in TARGETS if target in read), TARGETS]))
+        names = draw(st.sampled_from([(SHARED,), tuple(target for target in TARGETS if target in read)]))
         on_device = layer == front and draw(st.booleans())
         sources.append(Source(layer, tuple((name, draw(ranks)) for name in names), on_device))
     return ExchangePlan(layers, front, back, tuple(sources), tuple(adapted))
@@ -75,7 +75,7 @@ ILLEGAL: dict[str, tuple[Any, str]] = {
     "sources fall": (lambda: plan_of([Source(2, ((SHARED, 3),)), SOURCE], [ADAPTED]), r"sources \[2, 1\] must be in rising order"),
     "source twice": (lambda: plan_of([SOURCE, SOURCE], [ADAPTED]), r"sources \[1, 1\] must be in rising order"),
     "source without readers": (lambda: plan_of([SOURCE], []), "source 1 feeds no layer"),
-    "source in the front": (lambda: plan_of([SOURCE], [AdaptedLayer(2, 1, QKV)], front=2), r"source 1 lies outside the cloud's layers 2\.\.3"),
+    "source in the front": (lambda: plan_of([SOURCE], [AdaptedLayer(2, 1, QKV)], front=2), r"source 1 lies outside .* 2\.\.3"),
     "source in the back": (lambda: plan_of([Source(3, ((SHARED, 3),))], [AdaptedLayer(3, 3, QKV)], back=1), r"source 3 .* 0\.\.2"),
     "source on device, not the entry": (
         lambda: plan_of([Source(1, ((SHARED, 3),), True)], [ADAPTED]), "source 1 is on the device, but only the entry layer 0"
@@ -90,7 +90,7 @@ ILLEGAL: dict[str, tuple[Any, str]] = {
     "adapted layer twice": (lambda: plan_of([SOURCE], [ADAPTED, ADAPTED]), r"adapted layers \[1, 1\]"),
     "adapted in the back": (lambda: plan_of([SOURCE], [AdaptedLayer(3, 1, QKV)], back=1), r"layer 3 is adapted, but only .*0\.\.2"),
     "source after the layer": (lambda: plan_of([SOURCE], [AdaptedLayer(0, 1, QKV)]), "layer 0 has source 1, which lies after it"),
-    "source not listed": (lambda: plan_of([SOURCE], [ADAPTED, AdaptedLayer(2, 0, QKV)]), r"layer 2 has source 0, which is not among .*\[1\]"),
+    "source not listed": (lambda: plan_of([SOURCE], [ADAPTED, AdaptedLayer(2, 0, QKV)]), r"layer 2 has source 0, .* not among .*\[1\]"),
     "no targets": (lambda: plan_of([SOURCE], [AdaptedLayer(1, 1, ())]), r"layer 1 has targets \[\]"),
     "targets out of order": (lambda: plan_of([SOURCE], [AdaptedLayer(1, 1, (("v", 3), ("q", 3)))]), r"layer 1 has targets \['v', 'q'\]"),
     "target unknown": (lambda: plan_of([SOURCE], [AdaptedLayer(1, 1, (("z", 3),))]), r"layer 1 has targets \['z'\]"),

@@ -53,6 +53,7 @@ from plora.protocol.session import (
 from plora.protocol.states import SENDERS, TRANSITIONS, Role, State, mermaid, next_state
 from plora.protocol.tensors import Floats
 
+CODES = set(pb.FaultCode.keys())
 CONTRACT = "c0" * 32
 HIDDEN = 8
 PLAN = paper_plan(2, 2)
@@ -102,10 +103,12 @@ def run_step(wire: Loopback, tokens: int, exit_rows: int) -> None:
     for exchange in plan.exchanges:
         down, up = values(tokens, exchange.compressed_columns, 3), values(tokens, exchange.injection_columns, 4)
         arrived = wire.to_device(wire.cloud.compressed(down))
-        assert isinstance(arrived, CompressedArrived) and arrived.exchange is exchange
+        assert isinstance(arrived, CompressedArrived)
+        assert arrived.exchange is exchange
         np.testing.assert_array_equal(arrived.values, down)
         answered = wire.to_cloud(wire.device.injections(up))
-        assert isinstance(answered, InjectionsArrived) and answered.exchange is exchange
+        assert isinstance(answered, InjectionsArrived)
+        assert answered.exchange is exchange
         np.testing.assert_array_equal(answered.values, up)
     last = values(exit_rows, HIDDEN, 5)
     done = wire.to_device(wire.cloud.exit(last))
@@ -396,7 +399,7 @@ def refused(machine: Session, frame: pb.Frame | bytes, code: str, message: str) 
     with pytest.raises(RemoteProtocolError, match=message) as caught:
         machine.receive(frame if isinstance(frame, bytes) else frame.SerializeToString())
     assert caught.value.code == code
-    assert code in pb.FaultCode.keys()
+    assert code in CODES
     assert (machine.state, machine.length, machine.step) == (state, length, step)
     answer = machine.fault(code, str(caught.value)) if isinstance(machine, CloudSession) else machine.abort(code)  # type: ignore[attr-defined]
     assert pb.Frame.FromString(answer).WhichOneof("kind") in ("fault", "abort")
@@ -488,7 +491,7 @@ BAD_CONTENT: dict[str, tuple[str, Change, str, str]] = {
     "compressed of another step": ("compressed", put(step=2), "BAD_STEP", "compressed of step 2, expected 1"),
     "compressed of a later exchange": ("compressed", put(exchange=1), "BAD_STEP", "exchange 1, expected 0 of 2"),
     "compressed of no exchange": ("compressed", put(exchange=2**32 - 1), "BAD_STEP", "exchange 4294967295, expected 0 of 2"),
-    "compressed with other rows": ("compressed", put(tensor=tensor_of(1, 2)), "BAD_TENSOR", r"step 1, compressed of exchange 0: shape \[1, 2\]"),
+    "compressed with other rows": ("compressed", put(tensor=tensor_of(1, 2)), "BAD_TENSOR", r"compressed of exchange 0: shape \[1, 2\]"),
     "injections of another step": ("injections", put(step=0), "BAD_STEP", "injections of step 0, expected 1"),
     "injections of another exchange": ("injections", put(exchange=1), "BAD_STEP", "exchange 1, expected 0 of 2"),
     "injections with other rows": ("injections", put(tensor=tensor_of(3, 6)), "BAD_TENSOR", r"shape \[3, 6\], expected \[2, 6\]"),
@@ -574,7 +577,7 @@ def test_what_a_machine_refuses_to_send() -> None:
         lambda: device.truncate(2),
         lambda: device.truncate(-1),
         lambda: cloud.compressed(values(1, 2)),
-        lambda: opened().device.cancel(),
+        opened().device.cancel,
         lambda: at(State.WAITING).device.injections(values(1, 6)),
         lambda: at(State.WAITING).device.injections(values(2, 5)),
         lambda: at(State.COMPUTING).cloud.compressed(values(1, 2)),
@@ -663,9 +666,10 @@ def test_a_frame_over_the_limit_is_neither_read_nor_sent() -> None:
 
 
 def test_every_fault_code_has_one_error() -> None:
-    assert set(ERRORS) == set(pb.FaultCode.keys())
+    assert set(ERRORS) == CODES
     for name, kind in ERRORS.items():
-        assert issubclass(kind, PloraError) and not issubclass(kind, ProtocolError)
+        assert issubclass(kind, PloraError)
+        assert not issubclass(kind, ProtocolError)
         wire = at(State.READY)
         with pytest.raises(kind, match=rf"the cloud refused \({name}\): because") as caught:
             wire.to_device(wire.cloud.fault(name, "because", 250))
@@ -810,9 +814,8 @@ def offenders(message: Descriptor, path: str) -> list[str]:
     for each in message.fields:
         here = f"{path}.{each.name}"
         allowed = f"{message.name}.{each.name}" in ("Tensor.data", "Hello.contract", "Hello.session")
-        if each.is_repeated or each.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_GROUP):
-            found.append(here)
-        elif each.type == FieldDescriptor.TYPE_BYTES and not allowed:
+        holds_text = each.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_GROUP, FieldDescriptor.TYPE_BYTES)
+        if each.is_repeated or (holds_text and not allowed):
             found.append(here)
         elif each.message_type is not None:
             found += offenders(each.message_type, here)

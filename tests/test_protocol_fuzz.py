@@ -18,8 +18,7 @@ from plora.protocol import plora_pb2 as pb
 from plora.protocol.session import CancelAsked, CancelDone, CloseAsked, ClosedDone, Event, Ignored, Session
 from plora.protocol.states import SENDERS, Role, State, next_state
 
-from .test_protocol import ENTRY_PLAN, HIDDEN, PLAN, TERMS, Wire, at, frame_of, sides, values
-
+from .test_protocol import CODES, ENTRY_PLAN, HIDDEN, PLAN, TERMS, Wire, at, frame_of, sides, values
 
 CLOUD_TURN = (State.GREETED, State.COMPUTING)
 MOVES = (*["deliver_up", "deliver_down", "answer", "injections", "carry_on", "entry"] * 4, *["truncate", "cancel"] * 3, "end")
@@ -186,10 +185,10 @@ def hear(machine: Session, data: bytes) -> Event | None:
     try:
         return machine.receive(data)
     except RemoteProtocolError as error:
-        assert error.code in pb.FaultCode.keys()
-        assert str(error)
-    except PloraError:
-        assert machine.role is Role.DEVICE and machine.state is State.OVER  # a fault
+        answerable = error.code in CODES and bool(str(error))
+    except PloraError:  # a fault
+        answerable = machine.role is Role.DEVICE and machine.state is State.OVER
+    assert answerable
     return None
 
 
