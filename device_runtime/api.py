@@ -66,10 +66,10 @@ class PrivateSession:
     def __init__(self, edge: Edge, cloud: str, wire_dtype: str = "fp32", deadlines: Deadlines | None = None) -> None:
         self.edge = edge
         self.text = Text(edge.folder, edge.manifest)
-        self._runner = Runner()
-        self._closed = False
         self._transport = Transport(cloud, deadlines or Deadlines())
         self._stepper = Stepper(edge, self._transport, wire_dtype)
+        self._runner = Runner(self._transport.interrupt)
+        self._closed = False
         self._cached: list[int] = []  # tokens whose keys and values the cloud holds
         self.answer: Answer | None = None
         try:

@@ -14,7 +14,7 @@ from ..protocol.session import CancelDone, ClosedDone, CompressedArrived, Device
 from ..protocol.states import State
 from .cores import Floats
 from .edge import Edge
-from .transport import Transport
+from .transport import Interrupted, Transport
 
 
 @dataclass
@@ -81,13 +81,21 @@ class Stepper:
         await self.transport.send(self.machine.truncate(length))
 
     async def cancel(self) -> None:
-        """After an interrupted step: the cloud's cache is as before it. Does nothing between steps."""
+        """After an interrupted step: the cloud's cache is as before it. Does nothing between steps.
+
+        Raises Unreachable if the cloud does not confirm within close_seconds: the session is lost then.
+        """
+        self.transport.interrupted = False
         if self.machine.state not in (State.COMPUTING, State.WAITING):
             return
-        async with asyncio.timeout(self.transport.deadlines.close_seconds):
-            await self.transport.send(self.machine.cancel())
-            while not isinstance(await self._receive(), CancelDone):
-                pass  # frames that crossed ours
+        seconds = self.transport.deadlines.close_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self.transport.send(self.machine.cancel())
+                while not isinstance(await self._receive(), CancelDone):
+                    pass  # frames that crossed ours
+        except TimeoutError:
+            raise Unreachable(f"{self.transport.address}: a cancelled step was not confirmed within {seconds:g} s; given up") from None
 
     async def close(self) -> None:
         """Says good-bye if there is still somebody to say it to; never raises."""
@@ -97,7 +105,7 @@ class Stepper:
                     await self.transport.send(self.machine.close())
                     while not isinstance(await self._receive(), ClosedDone):
                         pass
-        except (PloraError, TimeoutError):
+        except (PloraError, TimeoutError, Interrupted):
             pass
         finally:
             await self.transport.close()

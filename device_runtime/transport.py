@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 
 import grpc
@@ -30,15 +31,27 @@ class Deadlines:
     close_seconds: float = 2.0
 
 
+class Interrupted(Exception):
+    """Somebody pressed Ctrl-C while we waited for a frame."""
+
+
 class Transport:
-    """Sends and receives frame bytes; counts them (`bytes_up`, `bytes_down`, without gRPC's own framing)."""
+    """Sends and receives frame bytes; counts them (`bytes_up`, `bytes_down`, without gRPC's own framing).
+
+    One task reads all the time: a write on a stream that the cloud has ended would discard what grpc has not read yet, and that
+    is the fault which says why. And a read that is cancelled ends the whole call, so whoever waits is woken instead.
+    """
 
     def __init__(self, address: str, deadlines: Deadlines) -> None:
         self.address = address
         self.deadlines = deadlines
         self.bytes_up = 0
         self.bytes_down = 0
-        self.writing: asyncio.Task[None] | None = None
+        self.frames: deque[bytes] = deque()
+        self.ended: Unreachable | None = None
+        self.interrupted = False
+        self.waiter: asyncio.Future[None] | None = None
+        self.reader: asyncio.Task[None] | None = None
 
     async def connect(self) -> None:
         """Raises Unreachable if nothing answers at the address within connect_seconds."""
@@ -48,16 +61,10 @@ class Transport:
                 await self._ready()
         except TimeoutError:
             await self.channel.close()
-            raise Unreachable(
-                f"{self.address}: no answer within {self.deadlines.connect_seconds:g} s; is plora-cloud running there?"
-            ) from None
+            seconds = self.deadlines.connect_seconds
+            raise Unreachable(f"{self.address}: no answer within {seconds:g} s; is plora-cloud running there?") from None
         self.call = self.channel.stream_stream(PATH)()
-        self._read_ahead()
-
-    def _read_ahead(self) -> None:
-        """Begins to read the next frame before anything is written: a write on a stream that the cloud has ended discards what
-        grpc has not read yet, and that is the fault which says why."""
-        self.reading = asyncio.ensure_future(self.call.read())
+        self.reader = asyncio.create_task(self._read())
 
     async def _ready(self) -> None:
         state = self.channel.get_state(try_to_connect=True)
@@ -68,34 +75,48 @@ class Transport:
             await self.channel.wait_for_state_change(state)
             state = self.channel.get_state(try_to_connect=True)
 
+    async def _read(self) -> None:
+        try:
+            while isinstance(data := await self.call.read(), bytes):
+                self.frames.append(data)
+                self._wake()
+            self.ended = Unreachable(f"{self.address}: the cloud ended the stream without a word")
+        except grpc.aio.AioRpcError as error:
+            self.ended = Unreachable(f"{self.address}: connection lost ({error.code().name}: {error.details()})")
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def interrupt(self) -> None:
+        """Makes `receive` raise Interrupted, now or when it is next called."""
+        self.interrupted = True
+        self._wake()
+
     async def send(self, data: bytes) -> None:
         self.bytes_up += len(data)
-        if self.writing is not None and not self.writing.done():  # left behind by a Ctrl-C: grpc takes one write at a time
-            await asyncio.wait([self.writing])
-        self.writing = asyncio.ensure_future(self._write(data))
-        await asyncio.shield(self.writing)  # a write or read that is cancelled ends the whole call
-
-    async def _write(self, data: bytes) -> None:
         try:
             await self.call.write(data)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the cloud may have said why before it closed: the next receive tells
 
     async def receive(self) -> bytes:
-        """The next frame. Raises Unreachable if the stream ended. Whoever calls sets the deadline."""
-        try:
-            data = await asyncio.shield(self.reading)
-        except grpc.aio.AioRpcError as error:
-            raise Unreachable(f"{self.address}: connection lost ({error.code().name}: {error.details()})") from None
-        if not isinstance(data, bytes):
-            raise Unreachable(f"{self.address}: the cloud ended the stream without a word")
-        self.bytes_down += len(data)
-        self._read_ahead()
-        return data
+        """The next frame. Raises Interrupted, or Unreachable if the stream ended. Whoever calls sets the deadline."""
+        while not self.interrupted:
+            if self.frames:
+                data = self.frames.popleft()
+                self.bytes_down += len(data)
+                return data
+            if self.ended is not None:
+                raise self.ended
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        self.interrupted = False
+        raise Interrupted
 
     async def close(self) -> None:
         self.call.cancel()
-        await asyncio.wait([self.reading, *([self.writing] if self.writing else [])])
-        if not self.reading.cancelled():
-            self.reading.exception()  # seen: nothing is left to say
+        if self.reader is not None:
+            await asyncio.wait([self.reader])
         await self.channel.close()
