@@ -76,12 +76,16 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Segment:
-    """Cloud layers `first <= layer < stop` that run without the network; it starts with exchange `exchange`, if any."""
+    """Cloud layers `first <= layer < stop` that run without the network; it starts with exchange `exchange`, if any.
+
+    inputs: indices of the exchanges whose injections its layers read, in order; -1 is the entry's.
+    """
 
     index: int
     first: int
     stop: int
     exchange: int | None
+    inputs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,13 @@ class ExchangePlan:
         if not cuts or cuts[0][0] != self.front_layers:
             cuts.insert(0, (self.front_layers, None))
         ends = [first for first, _ in cuts[1:]] + [stop]
-        return tuple(Segment(index, first, end, exchange) for index, ((first, exchange), end) in enumerate(zip(cuts, ends, strict=True)))
+        return tuple(
+            Segment(index, first, end, exchange, self._inputs(first, end))
+            for index, ((first, exchange), end) in enumerate(zip(cuts, ends, strict=True))
+        )
+
+    def _inputs(self, first: int, stop: int) -> tuple[int, ...]:
+        return tuple(each.index for each in self.all_exchanges if any(first <= column.layer < stop for column in each.columns))
 
     @property
     def round_trips(self) -> int:

@@ -110,7 +110,7 @@ def cloud_alone(folder: Path, repeats: int = 40) -> float:
             engine.open(segment.index, [row])
             engine.ahead(segment.index, [row])
             if segment.exchange is not None:
-                engine.inject(row, injections[segment.exchange])
+                engine.inject(row, segment.exchange, injections[segment.exchange])
             engine.run(segment.index, [row])
 
     return median_millis(token, repeats)

@@ -31,8 +31,9 @@ class Unsplit(nn.Module):
         hidden = F.embedding(ids, self.table)[None]
         slot = torch.zeros_like(length)
         tables = self.graph.tables(length, torch.full_like(length, ids.shape[0]), slot, hidden)
-        u, empty = self.segment.open(hidden)
-        hidden = self.segment(hidden, self.segment.ahead(u), [empty], tables, slot, length, keys, values)
+        u, _ = self.segment.open(hidden)
+        no_injections: list[Tensor] = []
+        hidden = self.segment(hidden, self.segment.ahead(u), no_injections, tables, slot, length, keys, values)
         return F.linear(self.norm(hidden[:, -1]), self.head)[0]
 
 

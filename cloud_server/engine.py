@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +25,29 @@ Floats = NDArray[np.float32]
 
 @dataclass
 class Row:
-    """One session's running step. hidden: [T, H]; injections: [T, I] each, position 0 the entry's; u, qkv: [T, …] of the
-    segment that was opened."""
+    """One session's running step. hidden: [1, T, H]; injections: [1, T, I] by exchange, -1 the entry's; u, qkv: [1, T, …] of the
+    segment that was opened; slots, lengths: int64 [1]; tables: of this row alone."""
 
-    slot: int
-    length: int
+    slots: Tensor
+    lengths: Tensor
     hidden: Tensor
-    injections: list[Tensor]
+    injections: dict[int, Tensor]
     u: Tensor | None = None
     qkv: Tensor | None = None
     tables: list[Tensor] | None = field(default=None, repr=False)
 
     @property
     def count(self) -> int:
-        return self.hidden.shape[0]
+        return self.hidden.shape[1]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """One segment's compiled methods: calling a module instead would go through nn.Module's hooks every time."""
+
+    open: Callable[..., Any]
+    ahead: Callable[..., Any]
+    run: Callable[..., Any]
 
 
 class Engine:
@@ -63,63 +74,61 @@ class Engine:
                 self.graph = torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError as error:
             raise DamagedFile(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
-        self.segments = list(self.graph.segments.children())
-        if len(self.segments) != len(self.plan.segments):
-            raise DamagedFile(f"{path}: {len(self.segments)} segments, the plan has {len(self.plan.segments)}")
+        segments = list(self.graph.segments.children())
+        own = [slice(each.first - self.plan.front_layers, each.stop - self.plan.front_layers) for each in self.plan.segments]
+        self.keys, self.values = [self.pool.keys[layers] for layers in own], [self.pool.values[layers] for layers in own]
+        if len(segments) != len(self.plan.segments):
+            raise DamagedFile(f"{path}: {len(segments)} segments, the plan has {len(self.plan.segments)}")
+        self.calls = [Calls(each.open, each.ahead, each.forward) for each in segments]
 
     def begin(self, slot: int, length: int, hidden: Floats, injection: Floats | None) -> Row:
         """hidden: [T, H] float32 at position `length` of the session in `slot`; injection: [T, I], the entry's."""
-        entry = torch.empty(len(hidden), 0, dtype=self.dtype) if injection is None else self._tensor(injection)
         self.pool.touch(slot, length + len(hidden))
-        return Row(slot, length, self._tensor(hidden), [entry])
+        injections = {} if injection is None else {-1: self._tensor(injection)}
+        return Row(torch.tensor([slot]), torch.tensor([length]), self._tensor(hidden), injections)
 
-    @torch.inference_mode()
     def open(self, segment: int, rows: list[Row]) -> list[Floats]:
         """Each row's compressed [T, C] float32, what the exchange before `segment` sends."""
-        u, compressed = self.segments[segment].open(_stack([row.hidden for row in rows]))
-        for index, row in enumerate(rows):
-            row.u = u[index, : row.count]
-        return [compressed[index, : row.count].float().numpy() for index, row in enumerate(rows)]
+        u, compressed = self.calls[segment].open(_join([row.hidden for row in rows]))
+        for row, own in zip(rows, _part(u, rows), strict=True):
+            row.u = own
+        return [own[0].float().numpy() for own in _part(compressed, rows)]
 
-    @torch.inference_mode()
     def ahead(self, segment: int, rows: list[Row]) -> None:
         """What of `segment` needs no injection: run it while the exchange is in flight."""
-        qkv = self.segments[segment].ahead(_stack([row.u for row in rows if row.u is not None]))
-        for index, row in enumerate(rows):
-            row.qkv = qkv[index, : row.count]
+        qkv = self.calls[segment].ahead(_join([row.u for row in rows if row.u is not None]))
+        for row, own in zip(rows, _part(qkv, rows), strict=True):
+            row.qkv = own
 
-    def inject(self, row: Row, values: Floats) -> None:
+    def inject(self, row: Row, exchange: int, values: Floats) -> None:
         """The injections [T, I] float32 of the exchange that the row waited for."""
-        row.injections.append(self._tensor(values))
+        row.injections[exchange] = self._tensor(values)
 
-    @torch.inference_mode()
     def run(self, segment: int, rows: list[Row]) -> None:
         """The rest of `segment` for a batch of rows of any lengths; each row's hidden moves on, its tokens are cached."""
-        slots = torch.tensor([row.slot for row in rows])
-        lengths = torch.tensor([row.length for row in rows])
-        hidden = _stack([row.hidden for row in rows])
-        if len(rows) == 1 and rows[0].tables is not None:
-            tables = rows[0].tables
-        else:
+        slots, lengths = torch.cat([row.slots for row in rows]), torch.cat([row.lengths for row in rows])
+        hidden = _join([row.hidden for row in rows])
+        tables = rows[0].tables if len(rows) == 1 else None
+        if tables is None:
             tables = self.graph.tables(lengths, torch.tensor([row.count for row in rows]), slots, hidden)
             if len(rows) == 1:
                 rows[0].tables = tables
-        hidden = self.segments[segment](
+        hidden = self.calls[segment].run(
             hidden,
-            _stack([row.qkv for row in rows if row.qkv is not None]),
-            [_stack([row.injections[at] for row in rows]) for at in range(len(rows[0].injections))],
+            _join([row.qkv for row in rows if row.qkv is not None]),
+            [_join([row.injections[exchange] for row in rows]) for exchange in self.plan.segments[segment].inputs],
             tables,
             slots,
             lengths,
-            self.pool.keys,
-            self.pool.values,
+            self.keys[segment],
+            self.values[segment],
         )
-        for index, row in enumerate(rows):
-            row.hidden = hidden[index, : row.count]
+        for row, own in zip(rows, _part(hidden, rows), strict=True):
+            row.hidden = own
 
     def exit(self, row: Row, exit_rows: int) -> Floats:
         """The last `exit_rows` rows of the exit [exit_rows, H] float32."""
-        return row.hidden[row.count - exit_rows :].float().numpy()
+        return row.hidden[0, row.count - exit_rows :].float().numpy()
 
     def warm_up(self) -> None:
         """Runs a prompt and two tokens through every segment, so that TorchScript has specialised before anyone waits."""
@@ -135,21 +144,30 @@ class Engine:
                 self.open(segment.index, [row])
                 self.ahead(segment.index, [row])
                 if segment.exchange is not None:
-                    self.inject(row, np.zeros((tokens, self.plan.exchanges[segment.exchange].injection_columns), np.float32))
+                    columns = self.plan.exchanges[segment.exchange].injection_columns
+                    self.inject(row, segment.exchange, np.zeros((tokens, columns), np.float32))
                 self.run(segment.index, [row])
             length += tokens
         self.pool.give_back(slot)
 
     def _tensor(self, values: Floats) -> Tensor:
-        return torch.tensor(values, dtype=self.dtype)
+        """[T, N] float32 -> [1, T, N] in the engine's dtype."""
+        return torch.from_numpy(values.copy()).to(self.dtype)[None]  # a copy: what comes off the wire is read-only
 
 
 DEFAULT_CONTEXT_TOKENS = 2048
 """Tokens of one session's cache unless told otherwise: long enough to chat, and many fit."""
 
 
-def _stack(rows: list[Tensor]) -> Tensor:
-    """[T, N] each -> [B, longest T, N], padded with zeros."""
+def _join(rows: list[Tensor]) -> Tensor:
+    """[1, T, N] each -> [B, longest T, N], padded with zeros."""
     if len(rows) == 1:
-        return rows[0][None]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return rows[0]
+    return torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+
+
+def _part(batch: Tensor, rows: list[Row]) -> list[Tensor]:
+    """[B, longest T, N] -> each row's own [1, T, N]."""
+    if len(rows) == 1:
+        return [batch]
+    return [batch[index : index + 1, : row.count] for index, row in enumerate(rows)]

@@ -65,6 +65,7 @@ class Service:
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.engine = engine
         self.limits = limits
+        self.stages = walk(engine.plan)
         self.stopping = False
         self.connections: set[Connection] = set()
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plora-engine")
@@ -84,7 +85,7 @@ class Service:
             await asyncio.sleep(WATCH_SECONDS)
             now = time.monotonic()
             for connection in list(self.connections):
-                if connection.due is not None and now > connection.due[0]:
+                if connection.due is not None and now > connection.due:
                     connection.task.cancel()
 
     async def compute(self, work: Callable[..., Any], segment: Segment, rows: list[Row]) -> Any:
@@ -123,7 +124,7 @@ class Connection:
         self.machine = CloudSession(contract.plan, contract.shape, contract.hash)
         self.slot: int | None = None
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
-        self.due: tuple[float, str] | None = None  # until when the peer may take for what it does now, and what that is
+        self.due: float | None = None  # until when the peer may take to send a frame, or to take one
         self.reading = False
 
     async def serve(self) -> None:
@@ -144,8 +145,8 @@ class Connection:
         except Gone:
             pass
         except asyncio.CancelledError:
-            if self.due is not None and time.monotonic() > self.due[0]:
-                await self.expire(self.due[1])
+            if self.due is not None and time.monotonic() > self.due:
+                await self.expire()
             elif self.service.stopping:
                 await self.fault("STOPPING", "the server is shutting down; connect to another one, or again later")
             else:
@@ -212,10 +213,9 @@ class Connection:
 
     async def step(self, begun: StepBegun) -> Event | None:
         """Walks one step. Returns the event that ended it early (cancel, close, abort), else None."""
-        engine, compute = self.service.engine, self.service.compute
+        engine, compute, stages = self.service.engine, self.service.compute, self.service.stages
         assert self.slot is not None
         row = engine.begin(self.slot, begun.position, begun.hidden, begun.injection)
-        stages = walk(engine.plan)
         for stage, following in zip(stages, (*stages[1:], None), strict=True):
             if isinstance(stage, Exchange):
                 assert isinstance(following, Segment)  # an exchange starts a segment
@@ -225,7 +225,7 @@ class Connection:
                 event = await self.receive()
                 if not isinstance(event, InjectionsArrived):
                     return event
-                engine.inject(row, event.values)
+                engine.inject(row, stage.index, event.values)
             elif isinstance(stage, Segment):
                 if stage.exchange is None:
                     await compute(engine.open, stage, [row])
@@ -237,8 +237,7 @@ class Connection:
 
     async def receive(self) -> Event:
         limits = self.service.limits
-        seconds = limits.hello_seconds if self.machine.state is State.START else limits.idle_seconds
-        self.due = (time.monotonic() + seconds, f"no frame for {seconds:g} s")
+        self.due = time.monotonic() + (limits.hello_seconds if self.machine.state is State.START else limits.idle_seconds)
         self.reading = True
         try:
             data = await self.context.read()
@@ -252,16 +251,17 @@ class Connection:
         return self.machine.receive(data)
 
     async def write(self, data: bytes) -> None:
-        seconds = self.service.limits.write_seconds
-        self.due = (time.monotonic() + seconds, f"a frame not taken for {seconds:g} s")
+        self.due = time.monotonic() + self.service.limits.write_seconds
         try:
             await self.context.write(data)
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
             raise Gone from None
         self.due = None
 
-    async def expire(self, what: str) -> None:
+    async def expire(self) -> None:
         """Says that the session is gone; to a peer that takes nothing, for a moment only."""
+        limits = self.service.limits
+        what = f"no frame for {limits.hello_seconds if self.machine.state is State.START else limits.idle_seconds:g} s"
         log.info("session expired: %s", what)
         try:
             async with asyncio.timeout(1.0):

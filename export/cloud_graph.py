@@ -29,17 +29,17 @@ FIRST_MASK = 5
 class UpProjection(nn.Module):
     """Adds s · B (M A u) to one target's columns of a projection's output, in place."""
 
-    def __init__(self, weight: Tensor, exchange: int, column: Column, offset: int) -> None:
+    def __init__(self, weight: Tensor, position: int, column: Column, offset: int) -> None:
         super().__init__()
         self.weight = weight  # s · B  [out, out_rank]
-        self.exchange = exchange + 1  # position 0 of the injections is the entry's
+        self.position = position  # of its exchange among the segment's inputs
         self.start = column.up_start
         self.columns = column.out_rank
         self.offset = offset
         self.width = weight.shape[0]
 
     def forward(self, y: Tensor, injections: List[Tensor]) -> Tensor:
-        injection = injections[self.exchange].narrow(-1, self.start, self.columns)
+        injection = injections[self.position].narrow(-1, self.start, self.columns)
         y.narrow(-1, self.offset, self.width).add_(F.linear(injection, self.weight))
         return y
 
@@ -59,16 +59,19 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer; q/k/v and gate/up are one matrix each. Its injections come from any exchange so far."""
+    """One decoder layer; q/k/v and gate/up are one matrix each. Its injections come from any exchange so far.
 
-    def __init__(self, layer: Any, cache_index: int, mask: int, shape: DecoderShape, ups: "LayerUps") -> None:
+    place: of the layer in its segment.
+    """
+
+    def __init__(self, layer: Any, place: int, mask: int, shape: DecoderShape, ups: "LayerUps") -> None:
         super().__init__()
         self.heads = shape.heads
         self.kv_heads = shape.kv_heads
         self.head_dim = shape.head_dim
         self.query_width = shape.query_width
         self.kv_width = shape.kv_width
-        self.cache_index = cache_index
+        self.place = place
         self.mask = mask
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm = RMSNorm(layer.input_layernorm.weight.data, shape.epsilon)
@@ -99,7 +102,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         for up in self.qkv_ups:
             qkv = up(qkv, injections)
-        attended = self.attend(qkv, tables, slots, lengths, keys[self.cache_index], values[self.cache_index])
+        attended = self.attend(qkv, tables, slots, lengths, keys[self.place], values[self.place])
         y = F.linear(attended, self.o, self.o_bias)
         for up in self.o_ups:
             y = up(y, injections)
@@ -175,7 +178,8 @@ class SegmentGraph(nn.Module):
         keys: List[Tensor],
         values: List[Tensor],
     ) -> Tensor:
-        """injections: position 0 the entry's, e + 1 exchange e's, each [B, T, I]. Writes the new tokens into the pool.
+        """injections: of the segment's inputs, each [B, T, I]. keys, values: the pools of the segment's layers, into which the new
+        tokens are written.
 
         slots, lengths: int64 [B], the rows' pool slots and tokens cached so far. Returns hidden [B, T, H].
         """
@@ -235,18 +239,19 @@ class CloudGraph(nn.Module):
 class LayerUps:
     """The up-projections of one layer, by target."""
 
-    def __init__(self, plan: ExchangePlan, layer: int, adapter: Adapter, dtype: torch.dtype) -> None:
+    def __init__(self, plan: ExchangePlan, segment: Segment, layer: int, adapter: Adapter, dtype: torch.dtype) -> None:
         self.found: dict[str, tuple[int, Column, Tensor]] = {}
         for exchange in plan.all_exchanges:
             for column in exchange.columns:
                 if column.layer == layer:
                     up = adapter.basis[up_name(layer, column.target)]
-                    self.found[column.target] = (exchange.index, column, (adapter.config.scale * up).to(dtype))
+                    position = segment.inputs.index(exchange.index)
+                    self.found[column.target] = (position, column, (adapter.config.scale * up).to(dtype))
 
     def of(self, offsets: dict[str, int]) -> nn.ModuleList:
         return nn.ModuleList(
-            UpProjection(weight, exchange, column, offsets[target])
-            for target, (exchange, column, weight) in self.found.items()
+            UpProjection(weight, position, column, offsets[target])
+            for target, (position, column, weight) in self.found.items()
             if target in offsets
         )
 
@@ -267,9 +272,9 @@ def build_segment(model: Any, segment: Segment, shape: DecoderShape, adapter: Ad
     dtype = model.dtype
     layers = []
     for index in range(segment.first, segment.stop):
-        ups = LayerUps(plan, index, adapter, dtype)
+        ups = LayerUps(plan, segment, index, adapter, dtype)
         mask = FIRST_MASK + windows.index(shape.windows[index])
-        layers.append(Layer(model.model.layers[index], index - plan.front_layers, mask, shape, ups))
+        layers.append(Layer(model.model.layers[index], index - segment.first, mask, shape, ups))
         model.model.layers[index] = nn.Identity()
     downs = []
     if segment.exchange is not None:

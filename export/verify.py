@@ -123,7 +123,7 @@ class Halves:
         hidden = torch.tensor(seen["entry"], dtype=self.keys[0].dtype)[None]
         slots, lengths, counts = torch.tensor([0]), torch.tensor([self.length]), torch.tensor([len(ids)])
         tables = self.graph.tables(lengths, counts, slots, hidden)
-        injections: list[Tensor] = [hidden[..., :0]]
+        injections: dict[int, Tensor] = {}
         for stage in walk(self.plan):
             if isinstance(stage, Segment):
                 segment = self.segments[stage.index]
@@ -133,8 +133,10 @@ class Halves:
                     seen[f"compressed.{exchange.index}"] = compressed[0].float().numpy()
                     injection = self.inject(exchange, seen[f"compressed.{exchange.index}"])
                     seen[f"injection.{exchange.index}"] = injection
-                    injections.append(torch.tensor(injection, dtype=hidden.dtype)[None])
-                hidden = segment(hidden, segment.ahead(u), injections, tables, slots, lengths, self.keys, self.values)
+                    injections[exchange.index] = torch.tensor(injection, dtype=hidden.dtype)[None]
+                inputs = [injections[index] for index in stage.inputs]
+                own = slice(stage.first - self.plan.front_layers, stage.stop - self.plan.front_layers)
+                hidden = segment(hidden, segment.ahead(u), inputs, tables, slots, lengths, self.keys[own], self.values[own])
         seen["exit"] = hidden[0].float().numpy()
         self.length += len(ids)
         return seen

@@ -139,8 +139,8 @@ def read_base(base: str) -> Base:
         raise _unreadable(source, error) from None
     loaded.eval().requires_grad_(False)
     if source.gguf_file:  # read as plain fp32 tensors; transformers would still refuse to cast or save it
-        loaded.hf_quantizer, loaded.is_quantized = None, False
-        del loaded.config.quantization_config
+        vars(loaded).update(hf_quantizer=None, is_quantized=False)
+        vars(loaded.config).pop("quantization_config")
     return Base(display_name(base), decoder_shape(loaded), loaded, fingerprint(loaded), source)
 
 

@@ -68,7 +68,9 @@ def tiny_tokenizer(vocabulary: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|start|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|start|>", chat_template=CHAT_TEMPLATE
     )
@@ -107,7 +109,15 @@ class Made:
     out: Path
 
 
-def make_export(folder: Path, family: str = "llama", plan: Callable[[int], ExchangePlan] | None = None, kind: str = "random", dtype: str = "fp32", edge_dtype: str = "fp32", **overrides: Any) -> Made:
+def make_export(
+    folder: Path,
+    family: str = "llama",
+    plan: Callable[[int], ExchangePlan] | None = None,
+    kind: str = "random",
+    dtype: str = "fp32",
+    edge_dtype: str = "fp32",
+    **overrides: Any,
+) -> Made:
     """Base, tuned adapter and verified export in `folder`. plan: from the number of layers; dtype, edge_dtype: of the export."""
     base_folder = save_tiny_base(folder / "base", family, **overrides)
     base = read_base(str(base_folder))
@@ -155,7 +165,18 @@ def command(name: str) -> str:
 @contextmanager
 def cloud(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`plora-cloud serve` on a free loopback port: (address, process)."""
-    arguments = [command("plora-cloud"), "serve", str(folder), "--listen", "127.0.0.1:0", "--threads", "1", "--kv-bytes", str(64 << 20), *flags]
+    arguments = [
+        command("plora-cloud"),
+        "serve",
+        str(folder),
+        "--listen",
+        "127.0.0.1:0",
+        "--threads",
+        "1",
+        "--kv-bytes",
+        str(64 << 20),
+        *flags,
+    ]
     with running(arguments) as process:
         os.set_blocking(process.stdout.fileno(), True)  # type: ignore[union-attr]
         lines = []

@@ -34,7 +34,11 @@ def authors_state(base: Base, dtype: torch.dtype = torch.float32, ranks: dict[tu
     generator = torch.Generator().manual_seed(5)
     state: dict[str, Any] = {"model.norm.weight": base.model.model.norm.weight, "model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}
     for (layer, target), (rank, out_rank) in ranks.items():
-        sizes = {"lora_A": (rank, base.shape.hidden), "lora_mobile": (out_rank, rank), "lora_B": (base.shape.out_features(target), out_rank)}
+        sizes = {
+            "lora_A": (rank, base.shape.hidden),
+            "lora_mobile": (out_rank, rank),
+            "lora_B": (base.shape.out_features(target), out_rank),
+        }
         for part, size in sizes.items():
             state[key(layer, target, part)] = (torch.randn(size, generator=generator) / size[1] ** 0.5).to(dtype)
     return state

@@ -82,14 +82,16 @@ def split(graph: Any, base: Base, adapter: Adapter, entry: Tensor, chunks: list[
         hidden = chunk[None]
         slots, lengths = torch.tensor([0]), torch.tensor([length])
         tables = graph.tables(lengths, torch.tensor([len(chunk)]), slots, hidden)
-        injections = [hidden[..., :0]]
+        injections = {}
         for segment in plan.segments:
             u, compressed = segments[segment.index].open(hidden)
             if segment.exchange is not None:
                 compressed_parts[segment.exchange].append(compressed[0])
-                injections.append(injected(adapter, plan.exchanges[segment.exchange], compressed[0])[None])
+                injections[segment.exchange] = injected(adapter, plan.exchanges[segment.exchange], compressed[0])[None]
             qkv = segments[segment.index].ahead(u)
-            hidden = segments[segment.index](hidden, qkv, injections, tables, slots, lengths, keys, values)
+            inputs = [injections[exchange] for exchange in segment.inputs]
+            own = slice(segment.first, segment.stop)
+            hidden = segments[segment.index](hidden, qkv, inputs, tables, slots, lengths, keys[own], values[own])
             hidden_parts[segment.index].append(hidden[0])
         length += len(chunk)
     return [torch.cat(parts) for parts in hidden_parts], [torch.cat(parts) for parts in compressed_parts]
@@ -136,7 +138,9 @@ def test_scripted_file_equals_eager_and_transformers(name: str, request: pytest.
     eager = fresh_graph(made.base, made.adapter)
     check_against_unsplit(scripted, base, made.adapter, [9, 1, 13])
     entry = unsplit(base, made.adapter, probe(base.shape.vocabulary)).entry
-    for a, b in zip(split(scripted, base, made.adapter, entry, [TOKENS])[0], split(eager, base, made.adapter, entry, [TOKENS])[0], strict=True):
+    for a, b in zip(
+        split(scripted, base, made.adapter, entry, [TOKENS])[0], split(eager, base, made.adapter, entry, [TOKENS])[0], strict=True
+    ):
         assert error(a, b) < TOLERANCE
 
 
@@ -178,7 +182,9 @@ def engine_step(engine: Engine, adapter: Adapter, batch: list[tuple[Talk, int]])
         engine.ahead(segment.index, rows)
         for row, values in zip(rows, compressed, strict=True):
             if segment.exchange is not None:
-                engine.inject(row, injected(adapter, engine.plan.exchanges[segment.exchange], torch.from_numpy(values)).numpy())
+                engine.inject(
+                    row, segment.exchange, injected(adapter, engine.plan.exchanges[segment.exchange], torch.from_numpy(values)).numpy()
+                )
         engine.run(segment.index, rows)
     for (talk, count), row in zip(batch, rows, strict=True):
         talk.exits.append(torch.from_numpy(engine.exit(row, count)).clone())
@@ -326,5 +332,5 @@ def test_sixteen_bit_exports_verify_and_say_how_close(dtype: str, edge_dtype: st
     assert max(report["errors"].values()) <= report["tolerance"]
     assert read_manifest(CloudManifest, made.out / "cloud").dtype == dtype
     engine = Engine(made.out / "cloud", KV_BYTES)
-    weights = [segment.down for segment in engine.segments] + [segment.first.qkv for segment in engine.segments]
+    weights = [weight for segment in engine.graph.segments.children() for weight in (segment.down, segment.first.qkv)]
     assert {weight.dtype for weight in weights} == {engine.dtype} == {engine.pool.keys[0].dtype}

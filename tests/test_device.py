@@ -135,7 +135,11 @@ def cut_at_stop(chunks: list[bytes], stop: tuple[str, ...]) -> str:
 letters = st.text(alphabet="ab\né…🦉", max_size=24)
 
 
-@given(letters, st.lists(st.text(alphabet="ab\né…🦉", min_size=1, max_size=4), max_size=3), st.lists(st.integers(1, 5), min_size=40, max_size=40))
+@given(
+    letters,
+    st.lists(st.text(alphabet="ab\né…🦉", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 5), min_size=40, max_size=40),
+)
 def test_pieces_add_up_to_the_text_before_the_stop(text: str, stop: list[str], sizes: list[int]) -> None:
     """However tokens cut characters and stop texts: pieces only ever add, so equality at the end means that nothing leaked."""
     rest, chunks = text.encode(), []

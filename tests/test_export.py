@@ -277,7 +277,9 @@ def edit_tokenizer(half: Path) -> None:
     ],
     ids=["core", "table", "head", "weight", "control"],
 )
-def test_what_hashes_cannot_notice_the_tensors_do(half: str, name: str, edit: Callable[[Path], None], tensor: str | None, copy: Path) -> None:
+def test_what_hashes_cannot_notice_the_tensors_do(
+    half: str, name: str, edit: Callable[[Path], None], tensor: str | None, copy: Path
+) -> None:
     """Wrong content with a right hash: verification says which tensor went wrong first."""
     edit(copy / half)
     rewrite_record(copy / half, name)
@@ -332,7 +334,9 @@ def test_report_says_what_was_compared(made: Made) -> None:
 def test_a_failed_verification_leaves_nothing(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exporter writes other cores than it recorded; the verifying process, which reads files alone, must say so."""
     real = exporter.write_edge
-    monkeypatch.setattr(exporter, "write_edge", lambda folder, base, tokenizer, adapter, dtype: real(folder, base, tokenizer, tuned(adapter, 9), dtype))
+    monkeypatch.setattr(
+        exporter, "write_edge", lambda folder, base, tokenizer, adapter, dtype: real(folder, base, tokenizer, tuned(adapter, 9), dtype)
+    )
     with pytest.raises(VerificationError, match=r"nothing was published: injection\.0 differs from the unsplit model"):
         export(ExportConfig(str(made.base), made.adapter_folder, tmp_path / "deep" / "out"), lambda stage: None)
     assert files(tmp_path) == {}

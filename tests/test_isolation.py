@@ -25,7 +25,19 @@ ALLOWED_OF_OURS = {
     "device_runtime": ("artifact", "protocol"),
 }
 BLOCKED_OF_OTHERS = {
-    "artifact": ("numpy", "torch", "grpc", "google.protobuf", "click", "onnx", "onnxruntime", "transformers", "safetensors", "tokenizers", "jinja2"),
+    "artifact": (
+        "numpy",
+        "torch",
+        "grpc",
+        "google.protobuf",
+        "click",
+        "onnx",
+        "onnxruntime",
+        "transformers",
+        "safetensors",
+        "tokenizers",
+        "jinja2",
+    ),
     "protocol": ("grpc", "torch", "onnx", "onnxruntime", "transformers", "safetensors", "tokenizers"),
     "models": ("onnx", "onnxruntime", "grpc"),
     "export": ("grpc",),
@@ -62,7 +74,9 @@ def modules_of(package: str) -> list[str]:
 
 
 def import_blocked(modules: list[str], blocked: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", BLOCKER, ",".join(blocked), ",".join(modules)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKER, ",".join(blocked), ",".join(modules)], capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("package", OURS)

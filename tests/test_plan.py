@@ -130,7 +130,7 @@ def test_a_plan_must_fit_the_shape() -> None:
 def test_the_papers_plan_exchanges_once_per_layer() -> None:
     plan = paper_plan(3, 2)
     assert [(e.index, e.source, e.compressed_columns, e.injection_columns) for e in plan.exchanges] == [(i, i, 2, 6) for i in range(3)]
-    assert plan.segments == tuple(Segment(i, i, i + 1, i) for i in range(3))
+    assert plan.segments == tuple(Segment(i, i, i + 1, i, (i,)) for i in range(3))
     assert plan.entry_exchange is None
     assert plan.round_trips == 4
     assert [(c.layer, c.target, c.down, c.down_start, c.down_stop, c.up_start, c.up_stop) for c in plan.exchanges[1].columns] == [
@@ -162,13 +162,13 @@ def test_a_source_on_the_device_needs_no_exchange() -> None:
     assert plan.entry_exchange is not None
     assert (plan.entry_exchange.index, plan.entry_exchange.injection_columns) == (-1, 9)
     assert plan.columns == plan.entry_exchange.columns
-    assert walk(plan) == (Entry(plan.entry_exchange), Segment(0, 0, 4, None), Exit())
+    assert walk(plan) == (Entry(plan.entry_exchange), Segment(0, 0, 4, None, (-1,)), Exit())
 
 
 def test_the_walk_of_every_stage() -> None:
     plan = plan_of([Source(3, ((SHARED, 2),))], [AdaptedLayer(3, 3, QKV)], layers=6, front=1, back=2)
     assert walk(plan) == (
-        FrontLayers(1), Entry(None), Segment(0, 1, 3, None), plan.exchanges[0], Segment(1, 3, 4, 0), Exit(), BackLayers(4, 6),
+        FrontLayers(1), Entry(None), Segment(0, 1, 3, None, ()), plan.exchanges[0], Segment(1, 3, 4, 0, (0,)), Exit(), BackLayers(4, 6),
     )  # fmt: skip
 
 
@@ -209,6 +209,7 @@ def test_the_walk_of_any_plan(plan: ExchangePlan) -> None:
         if isinstance(stage, Segment):
             here = {each.layer for each in plan.adapted if stage.first <= each.layer < stage.stop}
             assert here <= available  # an injection is there before its layer runs
+            assert set(stage.inputs) == {each.index for each in plan.all_exchanges if here & {column.layer for column in each.columns}}
 
 
 @settings(max_examples=50, deadline=None)

@@ -108,7 +108,10 @@ def test_concurrent_sessions_get_the_same_tokens_as_alone(made: Made, merged: Ba
 
 def test_a_full_server_says_so_with_numbers_and_admits_again(long: Made) -> None:
     edge = long.out / "edge"
-    with cloud(long.out / "cloud", "--context", str(CONTEXT), "--kv-bytes", str(2 * SESSION_BYTES + 1)) as (address, _), ExitStack() as stack:
+    with (
+        cloud(long.out / "cloud", "--context", str(CONTEXT), "--kv-bytes", str(2 * SESSION_BYTES + 1)) as (address, _),
+        ExitStack() as stack,
+    ):
         first, second = (open_session(edge, address) for _ in range(2))
         stack.callback(first.close)
         with pytest.raises(ServerFull, match=rf"all 2 sessions \({2 * SESSION_BYTES:,} bytes of KV cache\) are taken") as refusal:
@@ -126,7 +129,10 @@ def test_a_full_server_says_so_with_numbers_and_admits_again(long: Made) -> None
 
 def test_a_silent_session_expires_and_its_slot_is_free(long: Made) -> None:
     edge = long.out / "edge"
-    with cloud(long.out / "cloud", "--context", str(CONTEXT), "--kv-bytes", str(2 * SESSION_BYTES), "--idle-seconds", "0.4") as (address, _):
+    with cloud(long.out / "cloud", "--context", str(CONTEXT), "--kv-bytes", str(2 * SESSION_BYTES), "--idle-seconds", "0.4") as (
+        address,
+        _,
+    ):
         session = open_session(edge, address)
         assert session.terms.idle_millis == 400
 
@@ -275,11 +281,17 @@ def test_a_peer_that_vanishes_releases_its_slot(moment: str, long: Made, long_me
 
 def test_ctrl_c_ends_a_generation_and_releases_the_session(long: Made, long_merged: Base, single: str) -> None:
     admitted(long.out / "edge", single).close()
-    prompts = [text for text in (PROMPT, "pack my box", "hello world", "what is the capital", "weather") if len(_greedy_raw(long, long_merged, text)) == 400]
+    prompts = [
+        text
+        for text in (PROMPT, "pack my box", "hello world", "what is the capital", "weather")
+        if len(_greedy_raw(long, long_merged, text)) == 400
+    ]
     assert prompts, "no prompt of these keeps the model talking"
     flags = ["--edge", str(long.out / "edge"), "--cloud", single, "--raw", "--temperature", "0", "--max-tokens", "1000"]
     for _ in range(ATTEMPTS):  # the slot that the line above gave back may not be free yet
-        process = subprocess.Popen([command("plora-device"), "generate", prompts[0], *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [command("plora-device"), "generate", prompts[0], *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         assert process.stdout is not None
         first = process.stdout.read(1)
         if first:
@@ -477,7 +489,14 @@ def test_plain_garbage_on_the_port(made: Made, merged: Base, served: str) -> Non
     host, port = served.split(":")
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     with ExitStack() as stack:
-        for garbage in (b"", b"\0" * 100, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", preface[:10], preface + random.Random(2).randbytes(4096), bytes(1 << 16)):
+        for garbage in (
+            b"",
+            b"\0" * 100,
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            preface[:10],
+            preface + random.Random(2).randbytes(4096),
+            bytes(1 << 16),
+        ):
             peer = stack.enter_context(socket.create_connection((host, int(port)), timeout=BOUND_SECONDS))
             try:
                 peer.sendall(garbage)
@@ -516,7 +535,9 @@ def test_a_taken_port_is_refused(made: Made) -> None:
 
 def test_the_edge_half_is_not_served(made: Made) -> None:
     """One line and an exit code, not a traceback."""
-    result = subprocess.run([command("plora-cloud"), "serve", str(made.out / "edge")], capture_output=True, text=True, timeout=BOUND_SECONDS)
+    result = subprocess.run(
+        [command("plora-cloud"), "serve", str(made.out / "edge")], capture_output=True, text=True, timeout=BOUND_SECONDS
+    )
     assert result.returncode == 3
     assert "got 'plora-edge', expected 'plora-cloud'" in result.stderr
     assert result.stderr.count("\n") == 1
