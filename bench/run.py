@@ -201,7 +201,7 @@ def export_cost(base: str, out: Path) -> dict[str, Any]:
     """Seconds and peak memory of an export, from GGUF and from the same model as a Hugging Face folder in fp32."""
     from plora.models.checkpoint import read_base, read_tokenizer
 
-    baseline = run(sys.executable, "-c", "import plora.export.export, plora.export.cli, time; time.sleep(0.3)").peak_bytes
+    baseline = run(sys.executable, "-c", "import plora.export.halves, time; time.sleep(0.3)").peak_bytes
     loaded = read_base(base)
     checkpoint_bytes = 4 * sum(parameter.numel() for parameter in loaded.model.parameters())
     copy = out.parent / "copy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from ..artifact.shape import DecoderShape
 class Pool:
     """keys, values: per layer [slots, kv_heads, context_tokens, head_dim], zeros.
 
-    Pages of a slot that was never written take no memory: the operating system maps them on first use.
+    Pages of a slot that was never written take no memory: numpy's zeros are mapped on first use, torch's are written at once.
     Raises UsageError if `budget_bytes` holds no slot.
     """
 
@@ -26,8 +27,8 @@ class Pool:
                 "raise --kv-bytes or lower --context"
             )
         size = (self.slots, shape.kv_heads, context_tokens, shape.head_dim)
-        self.keys: list[Tensor] = [torch.zeros(size, dtype=dtype) for _ in range(layers)]
-        self.values: list[Tensor] = [torch.zeros(size, dtype=dtype) for _ in range(layers)]
+        self.keys: list[Tensor] = [_lazy_zeros(size, dtype) for _ in range(layers)]
+        self.values: list[Tensor] = [_lazy_zeros(size, dtype) for _ in range(layers)]
         self._free = list(range(self.slots - 1, -1, -1))
         self._touched = [0] * self.slots
 
@@ -51,3 +52,8 @@ class Pool:
                 tensor[slot, :, :written].zero_()
         self._touched[slot] = 0
         self._free.append(slot)
+
+
+def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    integers = {2: np.int16, 4: np.int32}[dtype.itemsize]  # zeros look alike in any type; numpy has no bf16
+    return torch.from_numpy(np.zeros(size, integers)).view(dtype)

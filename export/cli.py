@@ -89,8 +89,7 @@ def export(
         written = export_cores(adapter, out, exported, replace)
         click.echo(json.dumps({"cores": str(written)}) if as_json else f"{written}: pass it to plora-device as --cores")
         return
-    quiet_transformers()
-    from .export import STAGES, ExportConfig
+    from .config import STAGES, ExportConfig
     from .export import export as run
 
     with Progress(STAGES) as progress:
@@ -122,14 +121,6 @@ def summary(report: dict[str, object]) -> str:
     if report["dtype"] != "fp32" or report["edge_dtype"] != "fp32":
         line += f"; KL {report['kl_nats']:.1e} nats against fp32"
     return line
-
-
-def quiet_transformers() -> None:
-    """Our progress is the one that shows."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 class Progress:

@@ -21,6 +21,7 @@ from ..artifact.names import down_name, up_name
 from ..artifact.plan import Column, ExchangePlan, Segment
 from ..artifact.shape import DecoderShape
 from ..models.adapter import Adapter
+from .memory import give_back, give_back_pages
 
 FIRST_MASK = 5
 """Where the masks start in the list that CloudGraph.tables returns (TorchScript sees no named constants of a module)."""
@@ -257,9 +258,13 @@ class LayerUps:
 
 
 def fuse(*projections: Any) -> tuple[Tensor, Tensor | None]:
-    """Weights of projections that read the same input as one matrix (and bias); the originals are let go."""
+    """Weights of projections that read the same input as one matrix (and bias); the originals are let go, pages and all."""
     weights = [projection.weight.data for projection in projections]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    weight = weights[0]
+    if len(weights) > 1:
+        weight = torch.cat(weights)
+        for original in weights:
+            give_back_pages(original)
     biases = [projection.bias.data for projection in projections if projection.bias is not None]
     for projection in projections:
         projection.weight = None
@@ -276,6 +281,7 @@ def build_segment(model: Any, segment: Segment, shape: DecoderShape, adapter: Ad
         mask = FIRST_MASK + windows.index(shape.windows[index])
         layers.append(Layer(model.model.layers[index], index - segment.first, mask, shape, ups))
         model.model.layers[index] = nn.Identity()
+        give_back()
     downs = []
     if segment.exchange is not None:
         source = next(source for source in plan.sources if source.layer == segment.first)

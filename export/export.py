@@ -1,64 +1,26 @@
-"""From a checkpoint and an adapter to a verified artifact folder: `cloud/`, `edge/`, and `verification/` beside them."""
+"""From a checkpoint and an adapter to a verified artifact folder: `cloud/`, `edge/`, and `verification/` beside them.
+
+Two processes, one after the other, each with the memory of one model: one writes, one verifies from the files alone.
+"""
 
 from __future__ import annotations
 
-import gc
-import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..artifact.errors import UsageError
+from ..artifact import errors
+from ..artifact.errors import PloraError, VerificationError
 from ..artifact.folders import check_new, new_folder
-from ..artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_files
-from ..artifact.manifest import FORMAT_VERSION, FORMATS, MANIFEST, CloudManifest, EdgeManifest, write_json
-from ..artifact.names import CLOUD_GRAPH
-from ..artifact.plan import require_runnable
-from ..artifact.shape import DecoderShape, check_fits
-from ..models.adapter import Adapter, check_base, check_shapes, expected_basis, read_adapter
-from ..models.authors import read_authors_checkpoint
-from ..models.checkpoint import Base, is_tied, read_base, read_tokenizer
-from ..protocol.limits import step_tokens
-from .cloud_file import write_cloud_graph
-from .cloud_graph import build_cloud_graph
-from .edge_files import TABLE_DTYPES, write_edge
-from .reference import REFERENCE, record_reference
-from .verify import verify_in_process, write_report
+from ..artifact.manifest import write_json
+from ..artifact.strict import plain
+from .config import STAGES, ExportConfig
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-STAGES = ("read the checkpoint", "record the unsplit model", "write the edge half", "write the cloud half", "hash", "verify")
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """base: folder, hub id or GGUF; adapter: our folder or the authors' torch file; dtype: of the cloud's weights and cache;
-    edge_dtype: of the tables."""
-
-    base: str
-    adapter: Path
-    out: Path
-    dtype: str = "fp32"
-    edge_dtype: str = "fp32"
-    replace: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype}, expected one of {', '.join(DTYPES)}")
-        if self.edge_dtype not in TABLE_DTYPES:
-            raise UsageError(f"--edge-dtype {self.edge_dtype}, expected one of {', '.join(TABLE_DTYPES)}")
-
-
-def open_adapter(path: Path, shape: DecoderShape) -> Adapter:
-    """Our folder or the authors' file, checked against the decoder."""
-    adapter = read_adapter(path) if path.is_dir() else read_authors_checkpoint(path, shape)
-    check_fits(adapter.config.plan, shape)
-    check_shapes(adapter.basis, expected_basis(adapter.config.plan, shape), str(path))
-    require_runnable(adapter.config.plan)
-    step_tokens(adapter.config.plan, shape)  # refuses ranks of which not even one token fits a frame
-    return adapter
+REPORT = "report.json"
 
 
 def export(config: ExportConfig, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -67,44 +29,60 @@ def export(config: ExportConfig, progress: Callable[[str], None]) -> dict[str, A
     Raises UsageError, ModelError, PlanError, ArtifactError, VerificationError and their children.
     """
     check_new(config.out, config.replace)
-    stages = iter(STAGES)
-    progress(next(stages))
-    base = read_base(config.base)
-    tokenizer = read_tokenizer(base.source)
-    adapter = open_adapter(config.adapter, base.shape)
-    check_base(adapter, base.fingerprint, base.name)
-    contract = Contract(PROTOCOL_MAJOR, adapter.config.plan, base.shape, adapter.config.basis, base.fingerprint, EXIT_CONVENTION)
     with new_folder(config.out, config.replace) as out:
-        cloud, edge, verification = (out / name for name in ("cloud", "edge", "verification"))
-        for folder in (cloud, edge, verification):
-            folder.mkdir()
-        progress(next(stages))
-        record_reference(base, adapter, tokenizer, verification / REFERENCE)
-        progress(next(stages))
-        tied = is_tied(base.model)
-        edge_names = write_edge(edge, base, tokenizer, adapter, config.edge_dtype)
-        progress(next(stages))
-        write_cloud(base, adapter, config.dtype, cloud / CLOUD_GRAPH)
-        progress(next(stages))
-        made_by = f"plora {importlib.metadata.version('plora')}"
-        common = (FORMAT_VERSION, made_by, contract.hash, contract)
-        files = record_files(cloud, [CLOUD_GRAPH])
-        write_json(cloud / MANIFEST, CloudManifest(FORMATS[CloudManifest], *common, config.dtype, files))
-        files = record_files(edge, edge_names)
-        write_json(edge / MANIFEST, EdgeManifest(FORMATS[EdgeManifest], *common, config.edge_dtype, tied, files))
-        progress(next(stages))
+        write_in_process(config, out, progress)
+        progress(STAGES[-1])
         report = verify_in_process(out)
-        write_report(out, report)
+        write_json(out / "verification" / REPORT, report)
     return report
 
 
-def write_cloud(base: Base, adapter: Adapter, dtype: str, path: Path) -> None:
-    """Consumes the base model: its tables go first, its layers one by one, so that the peak is one copy and a layer."""
-    model = base.model
-    model.lm_head = None
-    model.model.embed_tokens = None
-    gc.collect()
-    model.to(DTYPES[dtype])
-    write_cloud_graph(build_cloud_graph(model, base.shape, adapter), path)
-    base.model = None
-    gc.collect()
+def write_in_process(config: ExportConfig, out: Path, progress: Callable[[str], None]) -> None:
+    """Runs `write_halves` in a fresh interpreter; its stages and errors are ours."""
+    asked = {**plain(config), "adapter": str(config.adapter), "out": str(config.out)}
+    writer = Child("plora.export.halves", json.dumps(asked), str(out))
+    with writer as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            told = json.loads(line)
+            if "stage" in told:
+                progress(told["stage"])
+            else:
+                raise getattr(errors, told["error"])(told["message"])
+        if process.wait() != 0:
+            raise PloraError(f"the exporting process ended with code {process.returncode}: {writer.last_line()}")
+
+
+def verify_in_process(out: Path) -> dict[str, Any]:
+    """Runs `verify` in a fresh interpreter; returns its report. Raises VerificationError with what it said."""
+    verifier = Child("plora.export.verify", str(out))
+    with verifier as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        if process.wait() != 0:
+            raise VerificationError(f"verification failed, nothing was published: {verifier.last_line()}")
+    return json.loads(output)
+
+
+class Child:
+    """`python -m MODULE …`, gone when the block ends, whatever ended it. Its standard error goes to a file, which cannot fill up
+    while we read its output."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.command = [sys.executable, "-m", module, *arguments]
+        self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in __exit__
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self.said, text=True)
+        return self.process
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self.process, self.said:
+            if kind is not None and self.process.poll() is None:
+                self.process.kill()
+
+    def last_line(self) -> str:
+        """What it said last on standard error."""
+        self.said.seek(0)
+        lines = self.said.read().strip().splitlines()
+        return lines[-1] if lines else "it said nothing"

@@ -6,7 +6,6 @@ Run in a process of its own (`python -m plora.export.verify DIR`): nothing of th
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -21,14 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..artifact.errors import DamagedFile, MissingFile, PloraError, VerificationError, WrongPair
-from ..artifact.manifest import CloudManifest, EdgeManifest, check_files, read_manifest, write_json
+from ..artifact.manifest import CloudManifest, EdgeManifest, check_files, read_manifest
 from ..artifact.names import CLOUD_GRAPH, CORES, CORES_GRAPH, EMBEDDING_GRAPH, GRAPH_FORMATS, HEAD_GRAPH, HEAD_TABLE, TABLE, core_name
 from ..artifact.plan import Exchange, Segment
 from ..artifact.strict import plain
 from ..artifact.walk import walk
 from .reference import REFERENCE
 
-REPORT = "report.json"
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}
 """Largest error allowed, relative to the largest value of the tensor. fp32: rounding over 30 layers gives some 1e-5, a wrong
 wire, layer or core gives 1e-2 and more. fp16, bf16: a mantissa of 10 and 7 bits where the record has 23."""
@@ -266,25 +264,6 @@ def _judge(report: Report) -> None:
             f"perturbing {report.perturbed_core} moves the exit by {report.perturbed_error:.2e} only, expected at least "
             f"{SENSITIVITY * report.tolerance:.0e}: the comparison would not notice a wrong core"
         )
-
-
-def verify_in_process(out: Path) -> dict[str, Any]:
-    """Runs `verify` in a fresh interpreter; returns its report. Raises VerificationError with what it said."""
-    process = subprocess.Popen([sys.executable, "-m", __name__, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        output, errors = process.communicate()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    if process.returncode != 0:
-        said = errors.strip().splitlines()
-        raise VerificationError(f"verification failed, nothing was published: {said[-1] if said else f'exit code {process.returncode}'}")
-    return json.loads(output)
-
-
-def write_report(out: Path, report: dict[str, Any]) -> None:
-    write_json(out / "verification" / REPORT, report)
 
 
 if __name__ == "__main__":

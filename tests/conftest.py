@@ -22,7 +22,8 @@ from torch import Tensor
 from plora.artifact import Exchange, ExchangePlan, paper_plan
 from plora.artifact.names import core_name
 from plora.device_runtime import PrivateSession
-from plora.export.export import ExportConfig, export
+from plora.export.config import ExportConfig
+from plora.export.export import export
 from plora.models.adapter import Adapter, merge, replace_cores, write_adapter
 from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base, read_base

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import plora.export.export as exporter
+import plora.export.halves as halves
 from plora.artifact.errors import DamagedFile, ManifestError, MissingFile, UsageError, VerificationError, WrongPair
 from plora.artifact.hashes import record_files
 from plora.artifact.manifest import MANIFEST, read_json, write_json
@@ -25,7 +26,8 @@ from plora.artifact.names import CHAT_TEMPLATE, CLOUD_GRAPH, CORES, HEAD_TABLE, 
 from plora.cloud_server.engine import Engine
 from plora.device_runtime import open_session
 from plora.device_runtime.edge import Edge
-from plora.export.export import STAGES, ExportConfig, export
+from plora.export.config import STAGES, ExportConfig
+from plora.export.export import export
 from plora.export.persona import export_cores
 from plora.export.reference import REFERENCE
 from plora.export.verify import verify
@@ -333,10 +335,11 @@ def test_report_says_what_was_compared(made: Made) -> None:
 
 def test_a_failed_verification_leaves_nothing(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exporter writes other cores than it recorded; the verifying process, which reads files alone, must say so."""
-    real = exporter.write_edge
+    real = halves.write_edge
     monkeypatch.setattr(
-        exporter, "write_edge", lambda folder, base, tokenizer, adapter, dtype: real(folder, base, tokenizer, tuned(adapter, 9), dtype)
+        halves, "write_edge", lambda folder, base, tokenizer, adapter, dtype: real(folder, base, tokenizer, tuned(adapter, 9), dtype)
     )
+    monkeypatch.setattr(exporter, "write_in_process", halves.write_halves)
     with pytest.raises(VerificationError, match=r"nothing was published: injection\.0 differs from the unsplit model"):
         export(ExportConfig(str(made.base), made.adapter_folder, tmp_path / "deep" / "out"), lambda stage: None)
     assert files(tmp_path) == {}
