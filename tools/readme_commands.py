@@ -29,11 +29,11 @@ def commands() -> dict[str, click.Command]:
 
 def parse(command: click.Command, name: str, words: list[str]) -> None:
     """Parses as the shell would have it, without running. Raises click.ClickException."""
-    context = command.make_context(name, words)
-    if isinstance(command, click.Group):
-        sub_name, sub, rest = command.resolve_command(context, [*context.protected_args, *context.args])
-        assert sub is not None and sub_name is not None
-        parse(sub, sub_name, rest)
+    if isinstance(command, click.Group) and words and words[0] in command.commands:
+        return parse(command.commands[words[0]], words[0], words[1:])
+    if isinstance(command, click.Group) and "export" in command.commands and words and not words[0].startswith("-"):
+        return parse(command.commands["export"], "export", words)  # plora-export's default
+    command.make_context(name, words)
 
 
 def lines(block: str) -> list[str]:
