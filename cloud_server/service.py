@@ -16,19 +16,9 @@ import grpc.aio
 from ..artifact.errors import PloraError, RemoteProtocolError
 from ..artifact.plan import Exchange, Segment
 from ..artifact.walk import Exit, walk
+from ..protocol.events import Aborted, CancelAsked, CloseAsked, Event, Greeting, InjectionsArrived, StepBegun, Terms, Truncated
 from ..protocol.limits import SESSION_BYTES
-from ..protocol.session import (
-    Aborted,
-    CancelAsked,
-    CloseAsked,
-    CloudSession,
-    Event,
-    Greeting,
-    InjectionsArrived,
-    StepBegun,
-    Terms,
-    Truncated,
-)
+from ..protocol.roles import CloudSession
 from ..protocol.states import State
 from .engine import Engine, Row
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from ..artifact.errors import LocalProtocolError, PloraError, ProtocolError, RemoteProtocolError, Unreachable
 from ..artifact.plan import Exchange
 from ..artifact.walk import BackLayers, Entry, Exit, FrontLayers, walk
-from ..protocol.session import CancelDone, ClosedDone, CompressedArrived, DeviceSession, Opened, StepDone, Terms
+from ..protocol.events import CancelDone, ClosedDone, CompressedArrived, Opened, StepDone, Terms
+from ..protocol.roles import DeviceSession
 from ..protocol.states import State
 from .cores import Floats
 from .edge import Edge

@@ -1,7 +1,8 @@
 """The wire: frames, bounded tensors, and a session machine that does no I/O. Knows no carrier."""
 
+from .events import Terms
 from .limits import MAX_FRAME_BYTES, METHOD, MINOR, SERVICE
 from .loopback import Loopback
-from .session import CloudSession, DeviceSession, Terms
+from .roles import CloudSession, DeviceSession
 
 __all__ = ["MAX_FRAME_BYTES", "METHOD", "MINOR", "SERVICE", "CloudSession", "DeviceSession", "Loopback", "Terms"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DecoderShape
-from .session import CloudSession, DeviceSession, Event
+from .events import Event
+from .roles import CloudSession, DeviceSession
 
 
 class Loopback:

@@ -29,27 +29,26 @@ from plora.artifact.errors import (
 )
 from plora.protocol import MAX_FRAME_BYTES, Loopback, Terms, tensors
 from plora.protocol import plora_pb2 as pb
-from plora.protocol.faults import ERRORS, fault_error
-from plora.protocol.limits import MAJOR, MAX_DETAIL_CHARACTERS, MAX_STEP_TOKENS, step_tokens
-from plora.protocol.session import (
+from plora.protocol.events import (
     Aborted,
     CancelAsked,
     CancelDone,
     CloseAsked,
     ClosedDone,
-    CloudSession,
     CompressedArrived,
-    DeviceSession,
     Event,
     Greeting,
     Ignored,
     InjectionsArrived,
     Opened,
-    Session,
     StepBegun,
     StepDone,
     Truncated,
 )
+from plora.protocol.faults import ERRORS, fault_error
+from plora.protocol.limits import MAJOR, MAX_DETAIL_CHARACTERS, MAX_STEP_TOKENS, step_tokens
+from plora.protocol.roles import CloudSession, DeviceSession
+from plora.protocol.session import Session
 from plora.protocol.states import SENDERS, TRANSITIONS, Role, State, mermaid, next_state
 from plora.protocol.tensors import Floats
 

@@ -15,7 +15,8 @@ from plora.artifact import ExchangePlan
 from plora.artifact.errors import PloraError, RemoteProtocolError, ServerFull
 from plora.protocol import MAX_FRAME_BYTES, Terms
 from plora.protocol import plora_pb2 as pb
-from plora.protocol.session import CancelAsked, CancelDone, CloseAsked, ClosedDone, Event, Ignored, Session
+from plora.protocol.events import CancelAsked, CancelDone, CloseAsked, ClosedDone, Event, Ignored
+from plora.protocol.session import Session
 from plora.protocol.states import SENDERS, Role, State, next_state
 
 from .test_protocol import CODES, ENTRY_PLAN, HIDDEN, PLAN, TERMS, Wire, at, frame_of, sides, values

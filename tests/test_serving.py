@@ -32,8 +32,9 @@ from plora.device_runtime.text import Text
 from plora.models.adapter import merge
 from plora.models.checkpoint import Base
 from plora.protocol import plora_pb2 as pb
+from plora.protocol.events import CompressedArrived, Opened, StepDone
 from plora.protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE
-from plora.protocol.session import CompressedArrived, DeviceSession, Opened, StepDone
+from plora.protocol.roles import DeviceSession
 
 from .conftest import Made, answer, cloud, command, greedy, make_export, oracle
 
