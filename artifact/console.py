@@ -22,7 +22,7 @@ def reports_errors(function: Command) -> Command:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         try:
             return function(*args, **kwargs)
         except PloraError as error:
@@ -38,5 +38,6 @@ def reports_errors(function: Command) -> Command:
     return wrapper  # type: ignore[return-value]
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
+def interrupt(number: int, frame: Any) -> NoReturn:
+    """What SIGTERM does in a command: the same as Ctrl-C."""
     raise KeyboardInterrupt

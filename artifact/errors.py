@@ -16,6 +16,7 @@
     ├── VerificationError          6   the halves do not compute what the unsplit model computes
     ├── ProtocolError              7   a frame that breaks the protocol
     │   ├── LocalProtocolError         we are about to break it
+    │   │   └── NotFinite              with a value that is infinite or NaN
     │   └── RemoteProtocolError        the peer broke it
     ├── Refused                    8   the cloud said no; it stands, try as it says
     │   ├── RefusedContract            it serves another artifact
@@ -99,6 +100,10 @@ class ProtocolError(PloraError):
 
 
 class LocalProtocolError(ProtocolError):
+    pass
+
+
+class NotFinite(LocalProtocolError):
     pass
 
 

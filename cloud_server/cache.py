@@ -27,14 +27,13 @@ class Pool:
                 "raise --kv-bytes or lower --context"
             )
         size = (self.slots, shape.kv_heads, context_tokens, shape.head_dim)
-        self.keys: list[Tensor] = [_lazy_zeros(size, dtype) for _ in range(layers)]
-        self.values: list[Tensor] = [_lazy_zeros(size, dtype) for _ in range(layers)]
+        try:
+            self.keys: list[Tensor] = [_lazy_zeros(size, dtype) for _ in range(layers)]
+            self.values: list[Tensor] = [_lazy_zeros(size, dtype) for _ in range(layers)]
+        except MemoryError:
+            raise UsageError(f"a KV budget of {budget_bytes:,} bytes is more than this machine can map; lower --kv-bytes") from None
         self._free = list(range(self.slots - 1, -1, -1))
         self._touched = [0] * self.slots
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
 
     def take(self) -> int | None:
         """A slot of zeros, or None if all are in use."""

@@ -61,13 +61,14 @@ class Engine:
         if self.manifest.dtype not in DTYPES:
             raise UsageError(f"{folder}: dtype {self.manifest.dtype}, this engine runs {', '.join(DTYPES)}")
         self.dtype = DTYPES[self.manifest.dtype]
-        context = context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
+        context = min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS) if context_tokens is None else context_tokens
         if not 1 <= context <= self.shape.context_tokens:
             raise UsageError(f"--context {context}, expected 1..{self.shape.context_tokens}, the model's own")
         self.step_tokens = min(step_tokens(self.plan, self.shape), context)
         layers = self.plan.layers - self.plan.front_layers - self.plan.back_layers
         self.pool = Pool(self.shape, layers, context, kv_bytes, self.dtype, self.manifest.dtype)
         path = require_file(self.manifest, folder, CLOUD_GRAPH)
+        self.layer_bytes = self.manifest.files[CLOUD_GRAPH].bytes // layers
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated", DeprecationWarning)

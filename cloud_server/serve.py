@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ from .service import Limits, Service
 log = logging.getLogger("plora.cloud")
 
 
+MAX_IDLE_SECONDS = (2**32 - 1) // 1000
+"""The handshake tells it in milliseconds, in 32 bits: seven weeks."""
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """kv_bytes: budget of the KV pool; context_tokens: of one session, None for the default; threads: of each product,
@@ -41,11 +46,12 @@ class ServerConfig:
         host, colon, port = self.listen.rpartition(":")
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             raise UsageError(f"--listen {self.listen}: expected HOST:PORT, port 0 to 65535 (0 picks a free one)")
-        for name, value in (("kv-bytes", self.kv_bytes), ("idle-seconds", self.limits.idle_seconds)):
-            if value <= 0:
-                raise UsageError(f"--{name} {value}: expected more than 0")
-        if self.threads < 0 or self.grace_seconds < 0:
-            raise UsageError(f"--threads {self.threads}, --grace-seconds {self.grace_seconds}: expected 0 or more")
+        if self.kv_bytes <= 0:
+            raise UsageError(f"--kv-bytes {self.kv_bytes}: expected more than 0")
+        if not 0 < self.limits.idle_seconds <= MAX_IDLE_SECONDS:
+            raise UsageError(f"--idle-seconds {self.limits.idle_seconds}: expected above 0 and at most {MAX_IDLE_SECONDS:,}")
+        if self.threads < 0 or not 0 <= self.grace_seconds < math.inf:
+            raise UsageError(f"--threads {self.threads}, --grace-seconds {self.grace_seconds}: expected 0 or more, and finite")
 
 
 async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> None:

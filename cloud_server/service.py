@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc.aio
 
-from ..artifact.errors import PloraError, RemoteProtocolError
+from ..artifact.errors import NotFinite, PloraError, RemoteProtocolError
 from ..artifact.plan import Exchange, Segment
 from ..artifact.walk import Exit, walk
 from ..protocol.events import Aborted, CancelAsked, CloseAsked, Event, Greeting, InjectionsArrived, StepBegun, Terms, Truncated
@@ -24,9 +24,9 @@ from .engine import Engine, Row
 
 log = logging.getLogger("plora.cloud")
 
-INLINE_TOKEN_LAYERS = 4
-"""Work of up to so many tokens times layers runs on the event loop itself: handing it to a thread and back costs about
-0.1 ms, a tenth of what one decode token takes in one layer. Anything longer would keep other sessions waiting."""
+INLINE_WEIGHT_BYTES = 64 << 20
+"""Work of up to so many tokens times bytes of weights runs on the event loop itself, about 5 ms here: handing it to a thread and
+back costs 0.1 ms, a tenth of what one decode token takes in one layer of SmolLM2. Anything longer would keep others waiting."""
 
 RETRY_AFTER_MILLIS = 1_000
 
@@ -80,7 +80,8 @@ class Service:
 
     async def compute(self, work: Callable[..., Any], segment: Segment, rows: list[Row]) -> Any:
         """`work(segment index, rows)`, on the event loop if it is short, else on the engine's thread."""
-        if sum(row.count for row in rows) * (segment.stop - segment.first) <= INLINE_TOKEN_LAYERS:
+        tokens = sum(row.count for row in rows)
+        if tokens * (segment.stop - segment.first) * self.engine.layer_bytes <= INLINE_WEIGHT_BYTES:
             return work(segment.index, rows)
         future = asyncio.get_running_loop().run_in_executor(self.worker, work, segment.index, rows)
         try:
@@ -141,6 +142,8 @@ class Connection:
                 await self.fault("STOPPING", "the server is shutting down; connect to another one, or again later")
             else:
                 raise
+        except NotFinite as error:
+            await self.fault("BAD_TENSOR", f"what the device sent makes values that are not finite: {error}")
         except PloraError as error:
             log.error("session failed: %s", type(error).__name__)
             await self.fault("INTERNAL", f"{type(error).__name__}: {error}")
@@ -151,8 +154,9 @@ class Connection:
             self.release()
 
     def release(self) -> None:
+        """Gives the slot back, zeroed by the engine's thread: a long session's slot can take a while."""
         if self.slot is not None:
-            self.service.engine.pool.give_back(self.slot)
+            self.service.worker.submit(self.service.engine.pool.give_back, self.slot)
             self.slot = None
 
     def nudge(self) -> None:

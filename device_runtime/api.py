@@ -68,20 +68,26 @@ class PrivateSession:
         self.text = Text(edge.folder, edge.manifest)
         self._transport = Transport(cloud, deadlines or Deadlines())
         self._stepper = Stepper(edge, self._transport, wire_dtype)
-        self._runner = Runner(self._transport.interrupt)
+        self._runner = Runner(self._interrupt)
         self._closed = False
+        self._connected = False
         self._cached: list[int] = []  # tokens whose keys and values the cloud holds
         self.answer: Answer | None = None
         try:
             self._run(self._transport.connect())
-            try:
-                self.terms = self._run(self._stepper.open())
-            except BaseException:
-                self._run(self._transport.close())
-                raise
+            self._connected = True
+            self.terms = self._run(self._stepper.open())
         except BaseException:
+            self._run(self._transport.close())
             self._runner.close()
             raise
+
+    def _interrupt(self) -> None:
+        """Ctrl-C: wakes whoever waits for a frame; nobody does before there is a connection."""
+        if self._connected:
+            self._transport.interrupt()
+        elif self._runner.task is not None:
+            self._runner.task.cancel()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)

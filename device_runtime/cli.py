@@ -91,7 +91,10 @@ def generate(prompt: str, system: str | None, raw: bool, as_json: bool, stats: b
 @reports_errors
 def chat(system: str | None, stats: bool, **options: Any) -> None:
     """Talk. Ctrl-C ends an answer, Ctrl-D the conversation; /reset forgets it."""
-    with open_from(options) as session:
+    from ..artifact.errors import ContextOverflow, SessionExpired
+
+    session = open_from(options)
+    try:
         sampling = session.sampling(**sampling_flags(options))
         opening = [{"role": "system", "content": system}] if system else []
         messages = list(opening)
@@ -103,12 +106,24 @@ def chat(system: str | None, stats: bool, **options: Any) -> None:
                 return
             if line == "/reset":
                 messages = list(opening)
-            elif line:
-                messages.append({"role": "user", "content": line})
-                said = speak(session, session.stream_chat(messages, sampling))
-                messages.append({"role": "assistant", "content": said})
-                if stats and session.answer:
-                    print_stats(session)
+                continue
+            if not line:
+                continue
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                said = speak(session, session.stream_chat(asked, sampling))
+            except ContextOverflow as error:
+                click.echo(f"error: {error}; /reset begins anew", err=True)
+                continue
+            except SessionExpired:  # the conversation is here: a new session takes it up where it was
+                session.close()
+                session = open_from(options)
+                said = speak(session, session.stream_chat(asked, sampling))
+            messages = [*asked, {"role": "assistant", "content": said}]
+            if stats and session.answer:
+                print_stats(session)
+    finally:
+        session.close()
 
 
 def speak(session: PrivateSession, pieces: Iterator[Piece]) -> str:

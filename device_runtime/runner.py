@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from ..artifact.console import interrupt
 from .transport import Interrupted
 
 T = TypeVar("T")
@@ -16,8 +17,8 @@ T = TypeVar("T")
 class Runner:
     """As asyncio.Runner, whose per-run signal handling prints the repr of every result on Python 3.11: 5 ms for a tensor.
 
-    In the main thread, while a coroutine runs, the first SIGINT calls `on_interrupt`, so that it can end in good order; the
-    second cancels it. Either way `run` raises KeyboardInterrupt once the coroutine has ended.
+    In the main thread, while a coroutine runs, the first SIGINT (or SIGTERM, in a command of ours) calls `on_interrupt`, so that it
+    can end in good order; the second cancels it. Either way `run` raises KeyboardInterrupt once the coroutine has ended.
     """
 
     def __init__(self, on_interrupt: Callable[[], None]) -> None:
@@ -29,9 +30,11 @@ class Runner:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         self.task = self.loop.create_task(work)
         self.interrupted = False
-        ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if ours:
-            signal.signal(signal.SIGINT, self._on_sigint)
+        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: interrupt}
+        main = threading.current_thread() is threading.main_thread()
+        ours = {number: usual for number, usual in handlers.items() if main and signal.getsignal(number) is usual}
+        for number in ours:
+            signal.signal(number, self._on_signal)
         try:
             result = self.loop.run_until_complete(self.task)
         except (asyncio.CancelledError, Interrupted):
@@ -40,13 +43,13 @@ class Runner:
             raise
         finally:
             self.task = None
-            if ours:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, usual in ours.items():
+                signal.signal(number, usual)
         if self.interrupted:  # it came as the coroutine ended, and is not to be lost
             raise KeyboardInterrupt
         return result
 
-    def _on_sigint(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         again, self.interrupted = self.interrupted, True
         if self.task is not None:
             self.loop.call_soon_threadsafe(self.task.cancel if again else self.on_interrupt)

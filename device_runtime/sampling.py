@@ -29,6 +29,7 @@ class Sampling:
             (self.top_k >= 0, f"top-k {self.top_k}, expected 0 (off) or more"),
             (0.0 < self.top_p <= 1.0, f"top-p {self.top_p}, expected above 0 and at most 1"),
             (0.0 < self.repetition_penalty <= 100.0, f"repetition penalty {self.repetition_penalty}, expected above 0"),
+            (self.seed is None or self.seed >= 0, f"seed {self.seed}, expected 0 or more"),
             (self.max_tokens >= 1, f"max-tokens {self.max_tokens}, expected at least 1"),
             (all(self.stop), "an empty stop text"),
         )

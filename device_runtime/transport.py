@@ -52,6 +52,7 @@ class Transport:
         self.interrupted = False
         self.waiter: asyncio.Future[None] | None = None
         self.reader: asyncio.Task[None] | None = None
+        self.channel: grpc.aio.Channel | None = None
 
     async def connect(self) -> None:
         """Raises Unreachable if nothing answers at the address within connect_seconds."""
@@ -60,17 +61,16 @@ class Transport:
             async with asyncio.timeout(self.deadlines.connect_seconds):
                 await self._ready()
         except TimeoutError:
-            await self.channel.close()
             seconds = self.deadlines.connect_seconds
             raise Unreachable(f"{self.address}: no answer within {seconds:g} s; is plora-cloud running there?") from None
         self.call = self.channel.stream_stream(PATH)()
         self.reader = asyncio.create_task(self._read())
 
     async def _ready(self) -> None:
+        assert self.channel is not None  # connect made it
         state = self.channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                await self.channel.close()
                 raise Unreachable(f"{self.address}: connection refused or name unknown; is plora-cloud running there?")
             await self.channel.wait_for_state_change(state)
             state = self.channel.get_state(try_to_connect=True)
@@ -116,7 +116,9 @@ class Transport:
         raise Interrupted
 
     async def close(self) -> None:
-        self.call.cancel()
+        """Safe to call in any state, and twice."""
         if self.reader is not None:
+            self.call.cancel()
             await asyncio.wait([self.reader])
-        await self.channel.close()
+        if self.channel is not None:
+            await self.channel.close()

@@ -6,12 +6,13 @@ Two processes, one after the other, each with the memory of one model: one write
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..artifact import errors
 from ..artifact.errors import PloraError, VerificationError
@@ -64,12 +65,19 @@ def verify_in_process(out: Path) -> dict[str, Any]:
     return json.loads(output)
 
 
+def private_stdout() -> TextIO:
+    """For a child: standard output for us alone; whatever else prints goes to standard error."""
+    ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return ours
+
+
 class Child:
-    """`python -m MODULE …`, gone when the block ends, whatever ended it. Its standard error goes to a file, which cannot fill up
-    while we read its output."""
+    """`python -P -m MODULE …` (-P: nothing in the current folder can stand in for a module), gone when the block ends, whatever
+    ended it. Its standard error goes to a file, which cannot fill up while we read its output."""
 
     def __init__(self, module: str, *arguments: str) -> None:
-        self.command = [sys.executable, "-m", module, *arguments]
+        self.command = [sys.executable, "-P", "-m", module, *arguments]
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in __exit__
 
     def __enter__(self) -> subprocess.Popen[str]:

@@ -26,6 +26,7 @@ from .cloud_file import write_cloud_graph
 from .cloud_graph import build_cloud_graph
 from .config import STAGES, ExportConfig
 from .edge_files import write_edge
+from .export import private_stdout
 from .memory import give_back, give_back_pages
 from .reference import REFERENCE, record_reference
 
@@ -89,14 +90,15 @@ def main() -> int:
     """Arguments: the config as JSON, the folder. Each line on standard output is a stage or the error as JSON."""
     import transformers
 
+    out = private_stdout()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     given = json.loads(sys.argv[1])
     config = ExportConfig(**{**given, "adapter": Path(given["adapter"]), "out": Path(given["out"])})
     try:
-        write_halves(config, Path(sys.argv[2]), lambda stage: print(json.dumps({"stage": stage}), flush=True))
+        write_halves(config, Path(sys.argv[2]), lambda stage: print(json.dumps({"stage": stage}), file=out, flush=True))
     except PloraError as error:
-        print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}), file=out, flush=True)
         return error.exit_code
     return 0
 

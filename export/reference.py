@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..artifact.names import core_name
-from ..artifact.plan import ExchangePlan
 from ..models.adapter import Adapter, adapted
 from ..models.checkpoint import Base
 
@@ -45,7 +44,7 @@ def record_reference(base: Base, adapter: Adapter, tokenizer: Any, path: Path) -
     ids = torch.tensor([probe_tokens(tokenizer, base.shape.vocabulary)])
     ids = ids[:, : max(1, base.shape.context_tokens // 2)]
     kept: dict[str, Tensor] = {"ids": ids[0]}
-    with widened(model), adapted(model, adapter) as cores:
+    with widened(model), adapted(model, adapter, torch.float32) as cores:
         captured: list[Tensor] = []
         hook = model.model.norm.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0][0].clone()))
         logits = model(ids).logits[0]
@@ -64,7 +63,9 @@ def record_reference(base: Base, adapter: Adapter, tokenizer: Any, path: Path) -
         room = base.shape.context_tokens - ids.shape[1]
         wanted = min(GREEDY_TOKENS if model.dtype == torch.float32 else GREEDY_TOKENS_WIDENED, room)
         kept["greedy"], kept["gaps"] = greedy(model, ids, wanted)
+    path.touch(mode=0o600)
     save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
+    path.chmod(0o600)
 
 
 def greedy(model: Any, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -111,8 +112,3 @@ def _narrow(dtype: torch.dtype) -> Any:
             parameter.data = parameter.data.to(dtype)
 
     return hook
-
-
-def exchange_names(plan: ExchangePlan) -> list[str]:
-    """Names of the record's tensors of all exchanges, in order."""
-    return [f"{kind}.{exchange.index}" for exchange in plan.exchanges for kind in ("compressed", "injection")]

@@ -25,6 +25,7 @@ from ..artifact.names import CLOUD_GRAPH, CORES, CORES_GRAPH, EMBEDDING_GRAPH, G
 from ..artifact.plan import Exchange, Segment
 from ..artifact.strict import plain
 from ..artifact.walk import walk
+from .export import private_stdout
 from .reference import REFERENCE
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}
@@ -268,6 +269,7 @@ def _judge(report: Report) -> None:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(plain(verify(Path(sys.argv[1])))))
+        out = private_stdout()
+        print(json.dumps(plain(verify(Path(sys.argv[1])))), file=out, flush=True)
     except PloraError as error:
         sys.exit(f"{error}")

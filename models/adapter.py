@@ -113,9 +113,12 @@ def check_base(adapter: Adapter, fingerprint: str, base_name: str) -> None:
         )
 
 
-def write_adapter(adapter: Adapter, out: Path, replace_existing: bool = False) -> None:
-    """Writes the three files into a new folder. Raises UsageError if it exists."""
+def write_adapter(adapter: Adapter, out: Path, replace_existing: bool = False, notes: dict[str, str] | None = None) -> None:
+    """Writes the three files, and private text `notes` by file name, into a new folder. Raises UsageError if it exists."""
     with new_folder(out, replace_existing) as folder:
+        for name, text in (notes or {}).items():
+            (folder / name).touch(mode=0o600)
+            (folder / name).write_text(text, encoding="utf-8")
         write_json(folder / ADAPTER_CONFIG, adapter.config)
         save_file({name: tensor.contiguous() for name, tensor in adapter.basis.items()}, folder / BASIS)
         write_cores(adapter, folder / CORES)
@@ -235,10 +238,10 @@ def target_projection(layer: Any, target: str) -> nn.Module:
 
 
 @contextmanager
-def adapted(model: Any, adapter: Adapter) -> Iterator[Cores]:
-    """`model` computes with `adapter` inside the block: the oracle."""
+def adapted(model: Any, adapter: Adapter, dtype: torch.dtype | None = None) -> Iterator[Cores]:
+    """`model` computes with `adapter` inside the block: the oracle. dtype: of u; None for that of the weights."""
     check_fits(adapter.config.plan, decoder_shape(model))
-    cores = Cores(model, adapter, next(model.parameters()).dtype)
+    cores = Cores(model, adapter, dtype or next(model.parameters()).dtype)
     try:
         yield cores
     finally:

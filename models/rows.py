@@ -55,6 +55,8 @@ def _messages(line: str, where: str) -> list[Message]:
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
     if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise DataError(f"{where}: the last message must be the assistant's response, and not empty")
+    if messages[0]["role"] == "assistant":
+        raise DataError(f"{where}: the first message is the assistant's; a response needs something to respond to")
     return messages
 
 
@@ -73,14 +75,17 @@ def tokenize(messages: list[Message], tokenizer: Any, max_tokens: int, where: st
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(messages[:turn], tokenizer, answer_next=True)
-        after = _render(messages[: turn + 1], tokenizer, answer_next=False)
+        try:
+            before = _render(messages[:turn], tokenizer, answer_next=True)
+            after = _render(messages[: turn + 1], tokenizer, answer_next=False)
+        except Exception as error:  # a chat template is a program, and refuses in its own ways
+            raise DataError(f"{where}: the chat template refuses it: {error}") from None
         if not before.startswith(told) or not after.startswith(before):
             raise DataError(f"{where}: the chat template rewrites earlier turns, so responses cannot be told from prompts")
         prompt = tokenizer(before[len(told) :], add_special_tokens=tokenizer.chat_template is None and not told)["input_ids"]
         response = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
         end = response.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in response else len(response)
-        if end == len(response) and response[-1:] != [tokenizer.eos_token_id]:
+        if tokenizer.eos_token_id is not None and end == len(response) and response[-1:] != [tokenizer.eos_token_id]:
             response, end = [*response, tokenizer.eos_token_id], len(response) + 1
         input_ids += prompt + response
         labels += [IGNORED] * len(prompt) + response[:end] + [IGNORED] * (len(response) - end)

@@ -59,6 +59,8 @@ class TuneConfig:
             positive["--steps"] = self.steps
         if self.learning_rate is not None:
             positive["--learning-rate"] = self.learning_rate
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
         for name, value in positive.items():
             if not value > 0 or not math.isfinite(value):
                 raise UsageError(f"{name} {value}: expected more than 0")
@@ -96,8 +98,8 @@ def tune(config: TuneConfig, say: Callable[[dict[str, Any]], None]) -> dict[str,
         if held_out is not None:
             summary["held_out_loss"] = trainer.evaluate()["eval_loss"]
         tuned = cores.tuned(adapter)
-        write_adapter(tuned, config.out, config.replace)
-        (config.out / METRICS).write_text("".join(json.dumps(record) + "\n" for record in [*records, summary]), encoding="utf-8")
+        metrics = "".join(json.dumps(record) + "\n" for record in [*records, summary])
+        write_adapter(tuned, config.out, config.replace, {METRICS: metrics})
     return summary
 
 
@@ -147,6 +149,7 @@ def _trainer(
         logging_steps=5,
         report_to=[],
         remove_unused_columns=False,
+        use_cpu=True,  # the adapter's hooks hold A and B where the model was loaded
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=False,
     )

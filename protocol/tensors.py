@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.errors import LocalProtocolError, RemoteProtocolError
+from ..artifact.errors import LocalProtocolError, NotFinite, RemoteProtocolError
 from ..artifact.shape import DTYPE_BYTES
 from . import plora_pb2 as pb
 
@@ -30,7 +30,7 @@ def encode(values: Floats, dtype: str, rows: int, columns: int, where: str) -> p
         data = _to_bf16(values)
         finite = ((data & 0x7F80) != 0x7F80).all()
     if not finite:
-        raise LocalProtocolError(f"{where}: values that are not finite in {dtype} (largest magnitude {np.abs(values).max():.3g})")
+        raise NotFinite(f"{where}: values that are not finite in {dtype} (largest magnitude {np.abs(values).max():.3g})")
     return pb.Tensor(dtype=CODES[dtype], rows=rows, columns=columns, data=data.tobytes())
 
 

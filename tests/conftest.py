@@ -31,6 +31,7 @@ from plora.models.checkpoint import Base, read_base
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner may have started us, and so our children, with it ignored
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "hello world, how are you today?",
