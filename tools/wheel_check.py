@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ def main() -> None:
     from plora.models.checkpoint import read_base
     from tests.conftest import make_export
 
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would pack what an older build left there
     with tempfile.TemporaryDirectory() as scratch:
         run(sys.executable, "-m", "build", "--wheel", "--outdir", scratch, ROOT, stderr=subprocess.DEVNULL)
         (wheel,) = Path(scratch).glob("plora-*.whl")
