@@ -24,21 +24,26 @@ from .config import STAGES, ExportConfig
 REPORT = "report.json"
 
 
-def export(config: ExportConfig, progress: Callable[[str], None]) -> dict[str, Any]:
+Progress = Callable[[str], None]
+
+
+def export(config: ExportConfig, progress: Progress, write: Callable[[ExportConfig, Path, Progress], None] | None = None) -> dict[str, Any]:
     """Writes `config.out` whole or not at all; returns the verification report. `progress` is told each of STAGES.
+
+    write: what writes the halves; None for a process of its own, whose memory is gone before verification begins.
 
     Raises UsageError, ModelError, PlanError, ArtifactError, VerificationError and their children.
     """
     check_new(config.out, config.replace)
     with new_folder(config.out, config.replace) as out:
-        write_in_process(config, out, progress)
+        (write or write_in_process)(config, out, progress)
         progress(STAGES[-1])
         report = verify_in_process(out)
         write_json(out / "verification" / REPORT, report)
     return report
 
 
-def write_in_process(config: ExportConfig, out: Path, progress: Callable[[str], None]) -> None:
+def write_in_process(config: ExportConfig, out: Path, progress: Progress) -> None:
     """Runs `write_halves` in a fresh interpreter; its stages and errors are ours."""
     asked = {**plain(config), "adapter": str(config.adapter), "out": str(config.out)}
     writer = Child("plora.export.halves", json.dumps(asked), str(out))

@@ -24,6 +24,7 @@ from plora.artifact.names import core_name
 from plora.device_runtime import PrivateSession
 from plora.export.config import ExportConfig
 from plora.export.export import export
+from plora.export.halves import write_halves
 from plora.models.adapter import Adapter, merge, replace_cores, write_adapter
 from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base, read_base
@@ -126,7 +127,8 @@ def make_export(
     layers = base.shape.layers
     adapter = tuned(new_adapter(base, plan(layers) if plan else paper_plan(layers, 6), kind, 1.0, 0))
     write_adapter(adapter, folder / "adapter")
-    export(ExportConfig(str(base_folder), folder / "adapter", folder / "out", dtype, edge_dtype), lambda stage: None)
+    config = ExportConfig(str(base_folder), folder / "adapter", folder / "out", dtype, edge_dtype)
+    export(config, lambda stage: None, write_halves)  # in this process: a fresh one costs 4 s for every export
     return Made(base_folder, folder / "adapter", adapter, folder / "out")
 
 

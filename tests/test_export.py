@@ -339,9 +339,8 @@ def test_a_failed_verification_leaves_nothing(made: Made, tmp_path: Path, monkey
     monkeypatch.setattr(
         halves, "write_edge", lambda folder, base, tokenizer, adapter, dtype: real(folder, base, tokenizer, tuned(adapter, 9), dtype)
     )
-    monkeypatch.setattr(exporter, "write_in_process", halves.write_halves)
     with pytest.raises(VerificationError, match=r"nothing was published: injection\.0 differs from the unsplit model"):
-        export(ExportConfig(str(made.base), made.adapter_folder, tmp_path / "deep" / "out"), lambda stage: None)
+        export(ExportConfig(str(made.base), made.adapter_folder, tmp_path / "deep" / "out"), lambda stage: None, halves.write_halves)
     assert files(tmp_path) == {}
     assert not (tmp_path / "deep" / "out").exists()
 
