@@ -40,11 +40,12 @@ from .conftest import TEXTS, Made, answer, command, greedy, make_export, oracle,
 
 @pytest.fixture(scope="module")
 def again(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same base and adapter exported once more, to a place of another name, over a folder that was there."""
+    """The same base and adapter exported once more, to a place of another name, over a folder that was there; written in this
+    process like `made`, since the record's last bits depend on the number of threads."""
     out = tmp_path_factory.mktemp("again") / "of-another-name"
     (out / "cloud").mkdir(parents=True)
     (out / "cloud" / "stray").write_text("from before")
-    export(ExportConfig(str(made.base), made.adapter_folder, out, replace=True), lambda stage: None)
+    export(ExportConfig(str(made.base), made.adapter_folder, out, replace=True), lambda stage: None, halves.write_halves)
     return out
 
 
