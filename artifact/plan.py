@@ -208,6 +208,15 @@ class ExchangePlan:
         return tuple(each.index for each in self.all_exchanges if any(first <= column.layer < stop for column in each.columns))
 
     @property
+    def cloud_layers(self) -> int:
+        """Layers that run, and have a KV cache, in the cloud."""
+        return self.layers - self.front_layers - self.back_layers
+
+    def cache_of(self, segment: Segment) -> slice:
+        """Where a segment's layers lie among the cloud's."""
+        return slice(segment.first - self.front_layers, segment.stop - self.front_layers)
+
+    @property
     def round_trips(self) -> int:
         """Network round trips of one step: the exchanges, and the one from entry to exit."""
         return len(self.exchanges) + 1

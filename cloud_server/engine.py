@@ -65,7 +65,7 @@ class Engine:
         if not 1 <= context <= self.shape.context_tokens:
             raise UsageError(f"--context {context}, expected 1..{self.shape.context_tokens}, the model's own")
         self.step_tokens = min(step_tokens(self.plan, self.shape), context)
-        layers = self.plan.layers - self.plan.front_layers - self.plan.back_layers
+        layers = self.plan.cloud_layers
         self.pool = Pool(self.shape, layers, context, kv_bytes, self.dtype, self.manifest.dtype)
         path = require_file(self.manifest, folder, CLOUD_GRAPH)
         self.layer_bytes = self.manifest.files[CLOUD_GRAPH].bytes // layers
@@ -76,8 +76,8 @@ class Engine:
         except RuntimeError as error:
             raise DamagedFile(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
         segments = list(self.graph.segments.children())
-        own = [slice(each.first - self.plan.front_layers, each.stop - self.plan.front_layers) for each in self.plan.segments]
-        self.keys, self.values = [self.pool.keys[layers] for layers in own], [self.pool.values[layers] for layers in own]
+        own = [self.plan.cache_of(segment) for segment in self.plan.segments]
+        self.keys, self.values = [self.pool.keys[part] for part in own], [self.pool.values[part] for part in own]
         if len(segments) != len(self.plan.segments):
             raise DamagedFile(f"{path}: {len(segments)} segments, the plan has {len(self.plan.segments)}")
         self.calls = [Calls(each.open, each.ahead, each.forward) for each in segments]

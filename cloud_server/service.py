@@ -29,6 +29,7 @@ INLINE_WEIGHT_BYTES = 64 << 20
 back costs 0.1 ms, a tenth of what one decode token takes in one layer of SmolLM2. Anything longer would keep others waiting."""
 
 RETRY_AFTER_MILLIS = 1_000
+STOPPING = "the server is shutting down; connect to another one, or again later"
 
 WATCH_SECONDS = 0.25
 """How often deadlines are looked at. One watch for all connections: a timer per frame would be felt in every exchange."""
@@ -127,7 +128,7 @@ class Connection:
             event: Event | None = None
             while self.machine.state is not State.OVER:
                 if self.service.stopping and self.machine.state in (State.START, State.GREETED, State.READY):
-                    await self.fault("STOPPING", "the server is shutting down; connect to another one, or again later")
+                    await self.fault("STOPPING", STOPPING)
                     break
                 event = await self.handle(event or await self.receive())
         except RemoteProtocolError as error:
@@ -139,7 +140,7 @@ class Connection:
             if self.due is not None and time.monotonic() > self.due:
                 await self.expire()
             elif self.service.stopping:
-                await self.fault("STOPPING", "the server is shutting down; connect to another one, or again later")
+                await self.fault("STOPPING", STOPPING)
             else:
                 raise
         except NotFinite as error:

@@ -48,7 +48,7 @@ def dry_run(base: str, adapter: Path, dtype: str, edge_dtype: str, compute_milli
         },
         "cloud": {"parameters": cloud, "total": sum(cloud.values()), "bytes": cloud_bytes, "dtype": dtype},
         "edge": {"parameters": edge, "total": sum(edge.values()), "bytes": edge_bytes, "dtype": edge_dtype},
-        "kv_cache_bytes_per_token": shape.kv_bytes_per_token(dtype, plan.layers - plan.front_layers - plan.back_layers),
+        "kv_cache_bytes_per_token": shape.kv_bytes_per_token(dtype, plan.cloud_layers),
         "wire_bytes_per_token": {
             wire: {"up": cost.up, "down": cost.down, "communication_reduction": round(cost.communication_reduction, 4)}
             for wire in DTYPE_BYTES

@@ -92,9 +92,8 @@ class Halves:
         """Forgets the session."""
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.cloud.dtype]
         size = (1, self.shape.kv_heads, CACHE_TOKENS, self.shape.head_dim)
-        layers = self.plan.layers - self.plan.front_layers - self.plan.back_layers
-        self.keys = [torch.zeros(size, dtype=dtype) for _ in range(layers)]
-        self.values = [torch.zeros(size, dtype=dtype) for _ in range(layers)]
+        self.keys = [torch.zeros(size, dtype=dtype) for _ in range(self.plan.cloud_layers)]
+        self.values = [torch.zeros(size, dtype=dtype) for _ in range(self.plan.cloud_layers)]
         self.length = 0
 
     def run(self, name: str, **inputs: NDArray[Any]) -> Floats:
@@ -134,7 +133,7 @@ class Halves:
                     seen[f"injection.{exchange.index}"] = injection
                     injections[exchange.index] = torch.tensor(injection, dtype=hidden.dtype)[None]
                 inputs = [injections[index] for index in stage.inputs]
-                own = slice(stage.first - self.plan.front_layers, stage.stop - self.plan.front_layers)
+                own = self.plan.cache_of(stage)
                 hidden = segment(hidden, segment.ahead(u), inputs, tables, slots, lengths, self.keys[own], self.values[own])
         seen["exit"] = hidden[0].float().numpy()
         self.length += len(ids)
