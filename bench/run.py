@@ -133,8 +133,7 @@ def socket_bytes(address: str, edge: Path, dtype: str = "fp32") -> dict[str, Any
     with Relay(address) as relay, open_session(edge, relay.address, wire_dtype=dtype) as session:
         counted = []
         for count in (8, 40):
-            session._run(session._stepper.truncate(0))
-            session._cached.clear()
+            session.forget()
             before = (relay.up, relay.down, session._stepper.counters.round_trips)
             list(session.stream(prompt_within(session.edge.shape.vocabulary), session.sampling(max_tokens=count, temperature=0.0)))
             time.sleep(0.2)  # what is still on its way through the relay

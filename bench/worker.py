@@ -41,8 +41,7 @@ def split(edge: str, cloud: str, threads: int) -> Generate:
         for piece in pieces:
             stamps.append(time.perf_counter())
             tokens.append(piece.token_id)
-        session._run(session._stepper.truncate(0))
-        session._cached.clear()
+        session.forget()
         return tokens, stamps[1] - stamps[0], [b - a for a, b in zip(stamps[1:], stamps[2:], strict=False)]
 
     return generate

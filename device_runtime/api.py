@@ -174,6 +174,11 @@ class PrivateSession:
         self._cached += ids
         return self.edge.logits(exit_rows)[-1] if wanted else None
 
+    def forget(self) -> None:
+        """Empties the cloud's cache of this session, so that the next prompt is sent whole."""
+        self._run(self._stepper.truncate(0))
+        self._cached.clear()
+
     def close(self) -> None:
         """Releases the session in the cloud; safe to call twice."""
         if not self._closed:
