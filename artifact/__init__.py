@@ -1,7 +1,8 @@
 """What both halves agree on and what lies on disk: plan, shapes, manifests, hashes, errors. Stdlib only."""
 
 from .errors import PloraError
-from .plan import AdaptedLayer, Column, Exchange, ExchangePlan, Segment, Source, grouped_plan, paper_plan
+from .plan import AdaptedLayer, Column, Core, Exchange, ExchangePlan, Segment, Source
+from .plans import entry_plan, grouped_plan, paper_plan
 from .shape import DecoderShape, Rope
 from .walk import BackLayers, Entry, Exit, FrontLayers, Stage, walk
 
@@ -9,6 +10,7 @@ __all__ = [
     "AdaptedLayer",
     "BackLayers",
     "Column",
+    "Core",
     "DecoderShape",
     "Entry",
     "Exchange",
@@ -20,6 +22,7 @@ __all__ = [
     "Segment",
     "Source",
     "Stage",
+    "entry_plan",
     "grouped_plan",
     "paper_plan",
     "walk",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .plan import ExchangePlan
 from .shape import DTYPE_BYTES, DecoderShape
@@ -14,8 +14,9 @@ RTTS_MILLIS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0)
 class Payload:
     """Tensor bytes of one token, without any framing. up: device to cloud; down: cloud to device.
 
-    low_rank: compressed and injections; full_rank: what the same plan of targets would exchange without A and B, at the same
-    precision: u down (once per source), each target's change up at its full width.
+    low_rank: compressed and injections, the entry's included; full_rank: what the same plan of targets would exchange without A, B
+    and P, at the same precision: u down once per source in the cloud (an entry source's u is the device's own), each target's change
+    up at its full width.
     """
 
     entry_up: int
@@ -41,11 +42,11 @@ class Payload:
 
 
 def payload(plan: ExchangePlan, shape: DecoderShape, dtype: str) -> Payload:
-    """Bytes per token of `plan` with wire tensors of `dtype`."""
+    """Bytes per generated token of `plan` with wire tensors of `dtype`: one row of each tensor, one exit row."""
     size = DTYPE_BYTES[dtype]
     up = sum(exchange.injection_columns for exchange in plan.all_exchanges)
     down = sum(exchange.compressed_columns for exchange in plan.exchanges)
-    full_up = sum(shape.out_features(column.target) for exchange in plan.all_exchanges for column in exchange.columns)
+    full_up = sum(shape.out_features(column.target) for column in plan.columns)
     return Payload(
         entry_up=shape.hidden * size,
         exit_down=shape.hidden * size,
@@ -56,6 +57,19 @@ def payload(plan: ExchangePlan, shape: DecoderShape, dtype: str) -> Payload:
     )
 
 
+def prompt_bytes(plan: ExchangePlan, shape: DecoderShape, dtype: str, tokens: int) -> tuple[int, int]:
+    """(up, down) of a prompt of `tokens` tokens. Of the exit only the last row comes back, `[1, hidden]`, unless the device has back
+    layers, whose KV cache needs every token's: `[tokens, hidden]`."""
+    one = payload(plan, shape, dtype)
+    exit_rows = tokens if plan.back_layers else 1
+    return tokens * one.up, tokens * one.low_rank_down + exit_rows * one.exit_down
+
+
+def unshared(plan: ExchangePlan) -> ExchangePlan:
+    """The same plan with a core of its own for each layer and target: what a shared injection saves is the difference."""
+    return replace(plan, sources=tuple(replace(source, shared_injection=0) for source in plan.sources))
+
+
 def tokens_per_second(plan: ExchangePlan, rtt_millis: float, compute_millis: float) -> float:
-    """1 / (round trips · RTT + compute): the wall that round trips are; bandwidth comes on top."""
+    """1 / (round trips · RTT + compute): the wall that round trips are; bandwidth comes on top. compute_millis: above 0."""
     return 1000.0 / (plan.round_trips * rtt_millis + compute_millis)

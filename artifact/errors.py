@@ -8,7 +8,6 @@
     │   ├── ManifestError              a key is unknown, missing or of the wrong type
     │   └── WrongPair                  halves, cores or basis that do not belong together
     ├── PlanError                  4   an exchange plan that is not legal
-    │   └── UnsupportedPlan            legal, but this release does not run it
     ├── ModelError                 5   a checkpoint, adapter or data row that cannot be used
     │   ├── UnsupportedModel
     │   ├── AdapterError
@@ -69,10 +68,6 @@ class WrongPair(ArtifactError):
 
 class PlanError(PloraError):
     exit_code = 4
-
-
-class UnsupportedPlan(PlanError):
-    pass
 
 
 class ModelError(PloraError):

@@ -5,13 +5,20 @@ CLOUD_GRAPH = "cloud.pt"
 EMBEDDING_GRAPH = "embedding"
 HEAD_GRAPH = "head"
 CORES_GRAPH = "cores"
-GRAPHS = (EMBEDDING_GRAPH, CORES_GRAPH, HEAD_GRAPH)
-"""Each is there as `.onnx` and as `.ort`; none holds a table or a core: those are inputs, from files of their own."""
+"""Compressed to injection, of every exchange."""
+ENTRY_GRAPH = "entry"
+"""Entry to injection, where the device holds the entry source's A."""
+LAYER_GRAPH = "layer"
+"""One decoder layer on the device; edge_layout.py says which graphs a plan needs."""
 GRAPH_FORMATS = ("onnx", "ort")
 TABLE = "table.bin"
 """The token embedding table `[vocabulary, hidden]`, row-major little-endian, and the head's weight too if tied."""
 HEAD_TABLE = "head.bin"
 """The head's weight `[vocabulary, hidden]`, if it is not tied to the embedding."""
+ENTRY_DOWN = "entry_down.bin"
+"""A of the entry source, its norm folded in: `[columns, hidden]` float32, row-major little-endian."""
+LAYERS = "layers.bin"
+"""Weights of the device's own decoder layers (edge_layout.py)."""
 CORES = "cores.safetensors"
 OPERATORS = "required_operators.config"
 TOKENIZER = "tokenizer.json"
@@ -26,6 +33,16 @@ CORES_FORMAT = "plora-cores-1"
 def core_name(layer: int, target: str) -> str:
     """Core M `[out_rank, rank]` in cores.safetensors."""
     return f"layers.{layer}.{target}.core"
+
+
+def shared_core_name(source: int) -> str:
+    """Core M `[k, rank]` of a shared injection, in cores.safetensors."""
+    return f"sources.{source}.core"
+
+
+def expand_name(source: int) -> str:
+    """The frozen matrix `[I, k]` that expands a shared injection of k values, in basis.safetensors."""
+    return f"sources.{source}.expand"
 
 
 def up_name(layer: int, target: str) -> str:

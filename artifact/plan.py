@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from .errors import PlanError, UnsupportedPlan
+from .errors import PlanError
+from .names import core_name, shared_core_name
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """Target projections of a decoder layer, in the order in which a layer computes them."""
@@ -26,16 +27,19 @@ class Source:
 
     ranks: (name, rank) of each down-projection A `[rank, hidden]`: one named "shared", or one per target name.
     on_device: the device holds this A (an entry source); else the cloud does and one exchange carries it.
+    shared_injection: k, if one core `[k, rank]` makes one vector of k values for all layers and targets, which the cloud expands
+    by a frozen matrix; 0 if each layer and target has a core of its own.
     """
 
     layer: int
     ranks: tuple[tuple[str, int], ...]
     on_device: bool = False
+    shared_injection: int = 0
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer with adapters: where they read from, and (target, out_rank) of each core M `[out_rank, rank]`."""
+    """A layer with adapters: where they read from, and (target, out_rank) of each up-projection B `[out, out_rank]`."""
 
     layer: int
     source: int
@@ -43,12 +47,10 @@ class AdaptedLayer:
 
 
 @dataclass(frozen=True)
-class Column:
-    """Where one core M reads and writes: compressed[:, down_start:down_stop] -> injection[:, up_start:up_stop]."""
+class Core:
+    """One trained M `[out_rank, rank]`: compressed[:, down_start:down_stop] -> injection[:, up_start:up_stop]."""
 
-    layer: int
-    target: str
-    down: str
+    name: str
     down_start: int
     down_stop: int
     up_start: int
@@ -64,13 +66,38 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Column:
+    """What one up-projection B reads: the injection's columns start..stop, after expansion if the injection is shared.
+
+    down: name of the down-projection behind them.
+    """
+
+    layer: int
+    target: str
+    down: str
+    start: int
+    stop: int
+
+    @property
+    def out_rank(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
 class Exchange:
-    """One network round trip inside a step: compressed `[T, compressed_columns]` down, injection `[T, ...]` up."""
+    """What one source gives: compressed `[T, compressed_columns]`, and back injection `[T, injection_columns]`.
+
+    One network round trip inside a step, or, at index -1, what the device computes by itself for the entry. If shared, the
+    cloud expands the injection to `up_columns` values; else these are the injection's own.
+    """
 
     index: int
     source: int
     compressed_columns: int
     injection_columns: int
+    up_columns: int
+    shared: bool
+    cores: tuple[Core, ...]
     columns: tuple[Column, ...]
 
 
@@ -131,6 +158,16 @@ class ExchangePlan:
             for name, rank in source.ranks:
                 if rank < 1:
                     raise PlanError(f"{at}, down-projection {name}: rank {rank}, expected at least 1")
+            if source.shared_injection < 0 or (source.shared_injection and names != [SHARED]):
+                raise PlanError(
+                    f"{at}: a shared injection of {source.shared_injection} values with down-projections {names}; expected 0, or 1 and "
+                    f"more with one down-projection '{SHARED}'"
+                )
+            stands_for = sum(rank for each in self.adapted if each.source == source.layer for _, rank in each.out_ranks)
+            if source.shared_injection > stands_for:
+                raise PlanError(
+                    f"{at}: a shared injection of {source.shared_injection} values stands for {stands_for} only; make it smaller, or 0"
+                )
 
     def _check_adapted(self) -> None:
         layers = [adapted.layer for adapted in self.adapted]
@@ -181,15 +218,21 @@ class ExchangePlan:
             starts[name] = (compressed, compressed + rank)
             compressed += rank
         columns: list[Column] = []
-        injection = 0
+        cores: list[Core] = []
+        up = 0
         for adapted in self.adapted:
             if adapted.source != source.layer:
                 continue
             for target, out_rank in adapted.out_ranks:
                 down = SHARED if SHARED in starts else target
-                columns.append(Column(adapted.layer, target, down, *starts[down], injection, injection + out_rank))
-                injection += out_rank
-        return Exchange(index, source.layer, compressed, injection, tuple(columns))
+                columns.append(Column(adapted.layer, target, down, up, up + out_rank))
+                if not source.shared_injection:
+                    cores.append(Core(core_name(adapted.layer, target), *starts[down], up, up + out_rank))
+                up += out_rank
+        if source.shared_injection:
+            cores.append(Core(shared_core_name(source.layer), 0, compressed, 0, source.shared_injection))
+        injection = source.shared_injection or up
+        return Exchange(index, source.layer, compressed, injection, up, bool(source.shared_injection), tuple(cores), tuple(columns))
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -228,48 +271,19 @@ class ExchangePlan:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns of every core, exchange by exchange, the entry's first."""
+        """What every up-projection reads, exchange by exchange, the entry's first."""
         return tuple(column for exchange in self.all_exchanges for column in exchange.columns)
 
+    @property
+    def cores(self) -> tuple[Core, ...]:
+        """Every trained core, exchange by exchange, the entry's first."""
+        return tuple(core for exchange in self.all_exchanges for core in exchange.cores)
 
-def paper_plan(
-    layers: int, rank: int, targets: tuple[str, ...] = ("q", "k", "v"), out_rank: int | None = None, separate: bool = False
-) -> ExchangePlan:
-    """The paper's plan: every layer is adapted from its own input, one exchange per layer (arXiv 2311.14030, 3.2)."""
-    return grouped_plan(layers, 1, rank, targets, out_rank, separate)
+    @property
+    def device_layers(self) -> tuple[int, ...]:
+        """Layers that run, and have a KV cache, on the device: the first and the last ones."""
+        return (*range(self.front_layers), *range(self.layers - self.back_layers, self.layers))
 
-
-def grouped_plan(
-    layers: int,
-    group: int,
-    rank: int,
-    targets: tuple[str, ...] = ("q", "k", "v"),
-    out_rank: int | None = None,
-    separate: bool = False,
-) -> ExchangePlan:
-    """One exchange per `group` layers: its source is the group's first layer."""
-    if group < 1:
-        raise PlanError(f"group of {group} layers, expected at least 1")
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown or len(set(targets)) != len(targets) or not targets:
-        raise PlanError(f"targets {list(targets)}, expected some of {list(TARGETS)}, each once")
-    ordered = [target for target in TARGETS if target in targets]
-    names = ordered if separate else [SHARED]
-    sources = tuple(Source(first, tuple((name, rank) for name in names)) for first in range(0, layers, group))
-    adapted = tuple(
-        AdaptedLayer(layer, layer - layer % group, tuple((target, rank if out_rank is None else out_rank) for target in ordered))
-        for layer in range(layers)
-    )
-    return ExchangePlan(layers, 0, 0, sources, adapted)
-
-
-def require_runnable(plan: ExchangePlan) -> None:
-    """Raises UnsupportedPlan, naming the field, for what this release cannot run yet."""
-    if plan.front_layers or plan.back_layers:
-        raise UnsupportedPlan(
-            f"front_layers {plan.front_layers} and back_layers {plan.back_layers}: decoder layers on the device do not run "
-            "yet; expected 0 and 0"
-        )
-    for source in plan.sources:
-        if source.on_device:
-            raise UnsupportedPlan(f"source {source.layer} is on the device: the entry plan does not run yet; expected on_device false")
+    def source(self, layer: int) -> Source:
+        """The source at `layer`, which must be one."""
+        return next(source for source in self.sources if source.layer == layer)
