@@ -48,6 +48,17 @@ class Calls:
     open: Callable[..., Any]
     ahead: Callable[..., Any]
     run: Callable[..., Any]
+    through: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows side by side: hidden [B, T, H], injections [B, T, I] of the segment's inputs, slots and lengths int64 [B]."""
+
+    hidden: Tensor
+    injections: list[Tensor]
+    slots: Tensor
+    lengths: Tensor
 
 
 class Engine:
@@ -80,7 +91,7 @@ class Engine:
         self.keys, self.values = [self.pool.keys[part] for part in own], [self.pool.values[part] for part in own]
         if len(segments) != len(self.plan.segments):
             raise DamagedFile(f"{path}: {len(segments)} segments, the plan has {len(self.plan.segments)}")
-        self.calls = [Calls(each.open, each.ahead, each.forward) for each in segments]
+        self.calls = [Calls(each.open, each.ahead, each.forward, each.through) for each in segments]
 
     def begin(self, slot: int, length: int, hidden: Floats, injection: Floats | None) -> Row:
         """hidden: [T, H] float32 at position `length` of the session in `slot`; injection: [T, I], the entry's."""
@@ -106,24 +117,48 @@ class Engine:
         row.injections[exchange] = self._tensor(values)
 
     def run(self, segment: int, rows: list[Row]) -> None:
-        """The rest of `segment` for a batch of rows of any lengths; each row's hidden moves on, its tokens are cached."""
-        slots, lengths = torch.cat([row.slots for row in rows]), torch.cat([row.lengths for row in rows])
-        hidden = _join([row.hidden for row in rows])
-        tables = rows[0].tables if len(rows) == 1 else None
-        if tables is None:
-            tables = self.graph.tables(lengths, torch.tensor([row.count for row in rows]), slots, hidden)
-            if len(rows) == 1:
-                rows[0].tables = tables
+        """The rest of `segment`, once it was opened, for a batch of rows of any lengths; each row's hidden moves on, its tokens
+        are cached."""
+        batch = self._batch(segment, rows)
+        qkv = _join([row.qkv for row in rows if row.qkv is not None])
         hidden = self.calls[segment].run(
-            hidden,
-            _join([row.qkv for row in rows if row.qkv is not None]),
-            [_join([row.injections[exchange] for row in rows]) for exchange in self.plan.segments[segment].inputs],
-            tables,
-            slots,
-            lengths,
-            self.keys[segment],
-            self.values[segment],
+            batch.hidden, qkv, batch.injections, self._tables(rows, batch), batch.slots, batch.lengths, *self._cache(segment)
         )
+        self._move_on(rows, hidden)
+
+    def through(self, segment: int, rows: list[Row]) -> None:
+        """All of a segment that no exchange starts; where it is the plan's only one, the whole step in one call of the graph."""
+        batch = self._batch(segment, rows)
+        if len(self.calls) == 1:
+            counts = torch.tensor([row.count for row in rows])
+            hidden = self.graph(batch.hidden, batch.injections, counts, batch.slots, batch.lengths, *self._cache(segment))
+        else:
+            hidden = self.calls[segment].through(
+                batch.hidden, batch.injections, self._tables(rows, batch), batch.slots, batch.lengths, *self._cache(segment)
+            )
+        self._move_on(rows, hidden)
+
+    def _batch(self, segment: int, rows: list[Row]) -> Batch:
+        return Batch(
+            _join([row.hidden for row in rows]),
+            [_join([row.injections[exchange] for row in rows]) for exchange in self.plan.segments[segment].inputs],
+            torch.cat([row.slots for row in rows]),
+            torch.cat([row.lengths for row in rows]),
+        )
+
+    def _tables(self, rows: list[Row], batch: Batch) -> list[Tensor]:
+        """A row that runs alone keeps its tables for all segments of its step."""
+        if len(rows) == 1 and rows[0].tables is not None:
+            return rows[0].tables
+        tables = self.graph.tables(batch.lengths, torch.tensor([row.count for row in rows]), batch.slots, batch.hidden)
+        if len(rows) == 1:
+            rows[0].tables = tables
+        return tables
+
+    def _cache(self, segment: int) -> tuple[list[Tensor], list[Tensor]]:
+        return self.keys[segment], self.values[segment]
+
+    def _move_on(self, rows: list[Row], hidden: Tensor) -> None:
         for row, own in zip(rows, _part(hidden, rows), strict=True):
             row.hidden = own
 
@@ -140,13 +175,17 @@ class Engine:
             tokens = min(tokens, self.pool.context_tokens - length)
             if tokens < 1:
                 break
-            row = self.begin(slot, length, np.zeros((tokens, self.shape.hidden), np.float32), None)
+            held = self.plan.entry_exchange
+            injection = np.zeros((tokens, held.injection_columns), np.float32) if held else None
+            row = self.begin(slot, length, np.zeros((tokens, self.shape.hidden), np.float32), injection)
             for segment in self.plan.segments:
+                if segment.exchange is None:
+                    self.through(segment.index, [row])
+                    continue
                 self.open(segment.index, [row])
                 self.ahead(segment.index, [row])
-                if segment.exchange is not None:
-                    columns = self.plan.exchanges[segment.exchange].injection_columns
-                    self.inject(row, segment.exchange, np.zeros((tokens, columns), np.float32))
+                columns = self.plan.exchanges[segment.exchange].injection_columns
+                self.inject(row, segment.exchange, np.zeros((tokens, columns), np.float32))
                 self.run(segment.index, [row])
             length += tokens
         self.pool.give_back(slot)

@@ -222,10 +222,7 @@ class Connection:
                     return event
                 engine.inject(row, stage.index, event.values)
             elif isinstance(stage, Segment):
-                if stage.exchange is None:
-                    await compute(engine.open, stage, [row])
-                    await compute(engine.ahead, stage, [row])
-                await compute(engine.run, stage, [row])
+                await compute(engine.run if stage.exchange is not None else engine.through, stage, [row])
             elif isinstance(stage, Exit):
                 await self.write(self.machine.exit(engine.exit(row, begun.exit_rows)))
         return None

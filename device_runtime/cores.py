@@ -1,4 +1,4 @@
-"""A persona's cores, read from their file and laid out for one matrix product per exchange."""
+"""A persona's cores, read from their file and laid out for one matrix product per exchange (the entry's is exchange -1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..artifact.errors import DamagedFile, MissingFile, WrongPair
-from ..artifact.names import CORES_FORMAT, core_name
+from ..artifact.names import CORES_FORMAT
 from ..artifact.plan import ExchangePlan
 
 Floats = NDArray[np.float32]
@@ -36,19 +36,18 @@ def read_cores(path: Path, plan: ExchangePlan, basis: str) -> dict[int, Floats]:
             "export them with plora-export --cores-only from an adapter on this basis"
         )
     blocks = zero_cores(plan)
-    names = {core_name(column.layer, column.target) for column in plan.columns}
+    names = {core.name for core in plan.cores}
     if set(cores) != names:
         odd = sorted(set(cores) ^ names)[0]
         raise DamagedFile(f"{path}: tensor {odd} is {'unknown' if odd in cores else 'missing'}; the plan has {len(names)} cores")
     for exchange in plan.all_exchanges:
-        for column in exchange.columns:
-            name = core_name(column.layer, column.target)
-            core = cores[name]
-            if core.shape != (column.out_rank, column.rank) or core.dtype != np.float32 or not np.isfinite(core).all():
+        for core in exchange.cores:
+            values = cores[core.name]
+            if values.shape != (core.out_rank, core.rank) or values.dtype != np.float32 or not np.isfinite(values).all():
                 raise DamagedFile(
-                    f"{path}: {name} is {list(core.shape)} {core.dtype}, expected finite [{column.out_rank}, {column.rank}] float32"
+                    f"{path}: {core.name} is {list(values.shape)} {values.dtype}, expected finite [{core.out_rank}, {core.rank}] float32"
                 )
-            blocks[exchange.index][column.up_start : column.up_stop, column.down_start : column.down_stop] = core
+            blocks[exchange.index][core.up_start : core.up_stop, core.down_start : core.down_stop] = values
     return blocks
 
 

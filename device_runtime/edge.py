@@ -1,7 +1,8 @@
-"""The edge half on disk, opened: hashes checked, tables mapped once, three onnxruntime graphs."""
+"""The edge half on disk, opened: hashes checked, tables mapped once, its onnxruntime graphs."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,30 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ..artifact.edge_layout import graph_names, layer_graph, layer_tensors
 from ..artifact.errors import DamagedFile, UsageError
 from ..artifact.manifest import EdgeManifest, check_files, read_manifest, require_file
-from ..artifact.names import CORES, CORES_GRAPH, EMBEDDING_GRAPH, GRAPH_FORMATS, HEAD_GRAPH, HEAD_TABLE, TABLE
+from ..artifact.names import (
+    CORES,
+    CORES_GRAPH,
+    EMBEDDING_GRAPH,
+    ENTRY_DOWN,
+    ENTRY_GRAPH,
+    GRAPH_FORMATS,
+    HEAD_GRAPH,
+    HEAD_TABLE,
+    LAYERS,
+    TABLE,
+)
 from ..artifact.plan import Exchange
 from .cores import Floats, read_cores, zero_cores
+from .layers import DeviceLayers, Layer
 
-TABLE_DTYPES = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
+DTYPES = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
 
 
 class Edge:
-    """embed: ids -> entry; cores: compressed -> injection; logits: exit -> logits.
+    """embed: ids -> hidden; entry_injection, inject: -> injection; logits: residual -> logits; layers: the device's own.
 
     cores_file: a persona's cores for this basis; None for those of the artifact; base_only: none at all, the base model.
     Raises ArtifactError's children, naming the file.
@@ -37,11 +51,16 @@ class Edge:
         other = "ort" if graphs == "onnx" else "onnx"
         unused = {CORES} if cores_file or base_only else set()
         check_files(folder, self.manifest, frozenset(n for n in self.manifest.files if not n.endswith(f".{other}") and n not in unused))
-        self._embedding = self._open(f"{EMBEDDING_GRAPH}.{graphs}", 1)
-        self._cores = self._open(f"{CORES_GRAPH}.{graphs}", 1)
-        self._head = self._open(f"{HEAD_GRAPH}.{graphs}", threads)
-        self.table = self._map(TABLE)
-        self.head_table = self.table if self.manifest.tied else self._map(HEAD_TABLE)
+        one_row = {EMBEDDING_GRAPH, CORES_GRAPH, ENTRY_GRAPH}
+        self._graphs = {
+            name: self._open(f"{name}.{graphs}", 1 if name in one_row else threads) for name in graph_names(self.plan, self.shape)
+        }
+        table = (self.shape.vocabulary, self.shape.hidden)
+        self.table = self._map(TABLE, self._dtype(), table)
+        self.head_table = self.table if self.manifest.tied else self._map(HEAD_TABLE, self._dtype(), table)
+        self._layers = self._read_layers() if self.plan.device_layers else {}
+        if held := self.plan.entry_exchange:
+            self._entry_down = self._map(ENTRY_DOWN, np.dtype("<f4"), (held.compressed_columns, self.shape.hidden))
         if base_only:
             self._blocks = zero_cores(self.plan)
         else:
@@ -60,28 +79,55 @@ class Edge:
         except Exception as error:  # onnxruntime raises its own unexported kinds
             raise DamagedFile(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from None
 
-    def _map(self, name: str) -> NDArray[Any]:
-        path = require_file(self.manifest, self.folder, name)
-        shape = (self.shape.vocabulary, self.shape.hidden)
-        dtype = TABLE_DTYPES.get(self.manifest.dtype)
+    def _dtype(self) -> np.dtype[Any]:
+        """Of tables and layers."""
+        dtype = DTYPES.get(self.manifest.dtype)
         if dtype is None:
-            raise UsageError(f"{self.folder}: edge dtype {self.manifest.dtype}, this runtime reads {', '.join(TABLE_DTYPES)}")
-        if path.stat().st_size != shape[0] * shape[1] * dtype.itemsize:
-            raise DamagedFile(f"{path}: {path.stat().st_size} bytes, expected {list(shape)} values of {self.manifest.dtype}")
+            raise UsageError(f"{self.folder}: edge dtype {self.manifest.dtype}, this runtime reads {', '.join(DTYPES)}")
+        return dtype
+
+    def _map(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        path = require_file(self.manifest, self.folder, name)
+        if path.stat().st_size != math.prod(shape) * dtype.itemsize:
+            raise DamagedFile(f"{path}: {path.stat().st_size} bytes, expected {list(shape)} values of {dtype.itemsize} bytes")
         return np.memmap(path, dtype, mode="r", shape=shape)
 
-    def _run(self, session: ort.InferenceSession, **inputs: NDArray[Any]) -> Floats:
-        (output,) = session.run(None, inputs)
-        return output  # pyright: ignore[reportReturnType]  each of our graphs has one float32 output
+    def _read_layers(self) -> dict[int, Layer]:
+        """The device's decoder layers: mapped in float32, widened once in float16."""
+        tensors = layer_tensors(self.shape)
+        layer_values = sum(math.prod(size) for _, size in tensors)
+        values = self._map(LAYERS, self._dtype(), (len(self.plan.device_layers) * layer_values,))
+        layers: dict[int, Layer] = {}
+        at = 0
+        for index in self.plan.device_layers:
+            weights: dict[str, Floats] = {}
+            for name, size in tensors:
+                count = math.prod(size)
+                weights[name] = values[at : at + count].reshape(size).astype(np.float32, copy=False)
+                at += count
+            layers[index] = Layer(index, self._graphs[layer_graph(self.shape.windows[index])], weights)
+        return layers
+
+    def device_layers(self, first: int, stop: int, context_tokens: int) -> DeviceLayers:
+        """Decoder layers `first <= layer < stop` with an empty cache for one conversation."""
+        return DeviceLayers([self._layers[index] for index in range(first, stop)], self.shape, context_tokens)
+
+    def _run(self, graph: str, **inputs: NDArray[Any]) -> Floats:
+        (output,) = self._graphs[graph].run(None, inputs)
+        return output  # pyright: ignore[reportReturnType]  each of these graphs has one float32 output
 
     def embed(self, ids: list[int]) -> Floats:
-        """Token ids -> entry [T, hidden] float32. Ids must lie in the vocabulary."""
-        return self._run(self._embedding, ids=np.asarray(ids, np.int64), table=self.table)
+        """Token ids -> hidden [T, hidden] float32. Ids must lie in the vocabulary."""
+        return self._run(EMBEDDING_GRAPH, ids=np.asarray(ids, np.int64), table=self.table)
 
     def inject(self, exchange: Exchange, compressed: Floats) -> Floats:
         """One exchange: compressed [T, C] -> injection M A u [T, I], float32."""
-        return self._run(self._cores, compressed=compressed, cores=self._blocks[exchange.index])
+        return self._run(CORES_GRAPH, compressed=compressed, cores=self._blocks[exchange.index])
 
-    def logits(self, exit_rows: Floats) -> Floats:
-        """exit [T, hidden] float32 -> logits [T, vocabulary] float32."""
-        return self._run(self._head, exit=exit_rows, table=self.head_table)
+    def entry_injection(self, exchange: Exchange, hidden: Floats) -> Floats:
+        """What goes with the entry [T, hidden] if the entry layer is a source: M A u [T, I], float32."""
+        return self._run(ENTRY_GRAPH, hidden=hidden, down=self._entry_down, cores=self._blocks[exchange.index])
+
+    def logits(self, residual: Floats) -> Floats:
+        """The residual stream before the final norm [T, hidden] float32 -> logits [T, vocabulary] float32."""
+        return self._run(HEAD_GRAPH, exit=residual, table=self.head_table)

@@ -1,4 +1,4 @@
-"""One step over the wire: entry, exchanges, exit. The device's half of the walk."""
+"""One step over the wire: front layers, entry, exchanges, exit, back layers. The device's half of the walk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from ..artifact.errors import LocalProtocolError, PloraError, ProtocolError, RemoteProtocolError, Unreachable
+from ..artifact.errors import PloraError, ProtocolError, RemoteProtocolError, Unreachable
 from ..artifact.plan import Exchange
 from ..artifact.walk import BackLayers, Entry, Exit, FrontLayers, walk
 from ..protocol.events import CancelDone, ClosedDone, CompressedArrived, Opened, StepDone, Terms
@@ -15,6 +15,7 @@ from ..protocol.roles import DeviceSession
 from ..protocol.states import State
 from .cores import Floats
 from .edge import Edge
+from .layers import DeviceLayers
 from .transport import Interrupted, Transport
 
 
@@ -36,6 +37,7 @@ class Stepper:
         self.machine = DeviceSession(edge.plan, edge.shape, edge.contract.hash, dtype)
         self.stages = walk(edge.plan)
         self.counters = Counters()
+        self.layers: dict[FrontLayers | BackLayers, DeviceLayers] = {}
 
     async def open(self) -> Terms:
         """Handshake. Raises Refused's children, Unreachable."""
@@ -43,10 +45,15 @@ class Stepper:
             await self.transport.send(self.machine.hello())
             event = await self._receive()
         assert isinstance(event, Opened)  # the machine lets nothing else through
+        context = min(event.terms.context_tokens, self.edge.shape.context_tokens)
+        for stage in self.stages:
+            if isinstance(stage, FrontLayers | BackLayers):
+                first = stage.first if isinstance(stage, BackLayers) else 0
+                self.layers[stage] = self.edge.device_layers(first, stage.stop, context)
         return event.terms
 
     async def step(self, ids: list[int], exit_rows: int) -> Floats:
-        """Feeds T new tokens; returns the last `exit_rows` rows of the exit [exit_rows, hidden] float32."""
+        """Feeds T new tokens; returns the last `exit_rows` rows of what the final norm reads, [exit_rows, hidden] float32."""
         async with self._deadline():  # one for the step: a timer per frame would be felt in every exchange
             return await self._walk(ids, exit_rows)
 
@@ -60,10 +67,16 @@ class Stepper:
             raise Unreachable(f"{self.transport.address}: no answer to step {self.machine.step} within {seconds:g} s; given up") from None
 
     async def _walk(self, ids: list[int], exit_rows: int) -> Floats:
+        position = self.machine.length
         hidden = self.edge.embed(ids)
         for stage in self.stages:
-            if isinstance(stage, Entry):
-                await self.transport.send(self.machine.entry(hidden, exit_rows))
+            if isinstance(stage, FrontLayers | BackLayers):
+                hidden = self.layers[stage].run(hidden, position)
+            elif isinstance(stage, Entry):
+                injection = self.edge.entry_injection(stage.exchange, hidden) if stage.exchange else None
+                # Back layers need every token's row: each has a key and a value there.
+                rows = len(ids) if self.edge.plan.back_layers else exit_rows
+                await self.transport.send(self.machine.entry(hidden, rows, injection))
             elif isinstance(stage, Exchange):
                 event = await self._receive()
                 assert isinstance(event, CompressedArrived)
@@ -72,11 +85,9 @@ class Stepper:
                 event = await self._receive()
                 assert isinstance(event, StepDone)
                 hidden = event.hidden
-            elif isinstance(stage, FrontLayers | BackLayers):
-                raise LocalProtocolError(f"{stage}: device layers do not run in this release")
         self.counters.steps += 1
         self.counters.tokens += len(ids)
-        return hidden
+        return hidden[len(hidden) - exit_rows :]
 
     async def truncate(self, length: int) -> None:
         await self.transport.send(self.machine.truncate(length))

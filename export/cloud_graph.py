@@ -5,23 +5,21 @@ Shapes: B sessions, T new tokens (the longest row's), H hidden, L cached + new t
     segment.open(hidden)  -> u, compressed      what the exchange sends, as early as it is known
     segment.ahead(u)      -> qkv                what can be computed while it is in flight
     segment.run(...)      -> hidden             the rest, once the injections are here
+    segment.through(...)  -> hidden             all of it, where no exchange starts the segment
+    graph(...)            -> hidden             a whole step, where the plan has one segment and no exchange
 
 Decoder: Llama (arXiv 2302.13971), grouped-query attention (arXiv 2305.13245), rope (arXiv 2104.09864).
 """
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..artifact.names import down_name, up_name
-from ..artifact.plan import Column, ExchangePlan, Segment
 from ..artifact.shape import DecoderShape
-from ..models.adapter import Adapter
-from .memory import give_back, give_back_pages
 
 FIRST_MASK = 5
 """Where the masks start in the list that CloudGraph.tables returns (TorchScript sees no named constants of a module)."""
@@ -30,12 +28,12 @@ FIRST_MASK = 5
 class UpProjection(nn.Module):
     """Adds s · B (M A u) to one target's columns of a projection's output, in place."""
 
-    def __init__(self, weight: Tensor, position: int, column: Column, offset: int) -> None:
+    def __init__(self, weight: Tensor, position: int, start: int, offset: int) -> None:
         super().__init__()
         self.weight = weight  # s · B  [out, out_rank]
         self.position = position  # of its exchange among the segment's inputs
-        self.start = column.up_start
-        self.columns = column.out_rank
+        self.start = start
+        self.columns = weight.shape[1]
         self.offset = offset
         self.width = weight.shape[0]
 
@@ -43,6 +41,18 @@ class UpProjection(nn.Module):
         injection = injections[self.position].narrow(-1, self.start, self.columns)
         y.narrow(-1, self.offset, self.width).add_(F.linear(injection, self.weight))
         return y
+
+
+class Expansion(nn.Module):
+    """What one segment needs of an exchange's injection: P v where it is shared, else the injection itself."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight  # P's rows of this segment  [I, k], or empty
+        self.shared = weight.shape[0] > 0
+
+    def forward(self, injection: Tensor) -> Tensor:
+        return F.linear(injection, self.weight) if self.shared else injection
 
 
 class RMSNorm(nn.Module):
@@ -59,13 +69,39 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class Projection(nn.Module):
+    """x Wᵀ + b, of one matrix or of several side by side, W [out, in].
+
+    A wide matrix in fp32 is kept turned, [in, out]: MKL reads it a third faster for one token, and no slower for many. In 16 bits it
+    is not: there the turned product takes ten times as long (docs/benchmarks.md).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.turned = weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]
+        self.weight = weight.t().contiguous() if self.turned else weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t() if self.turned else self.weight, self.bias)
+
+
 class Layer(nn.Module):
     """One decoder layer; q/k/v and gate/up are one matrix each. Its injections come from any exchange so far.
 
-    place: of the layer in its segment.
+    projections, ups: by matrix ("qkv", "o", "gate_up", "down"); place: of the layer in its
+    segment; mask: of its window's mask among the tables.
     """
 
-    def __init__(self, layer: Any, place: int, mask: int, shape: DecoderShape, ups: "LayerUps") -> None:
+    def __init__(
+        self,
+        norms: Tuple[Tensor, Tensor],
+        projections: Dict[str, Projection],
+        ups: Dict[str, List[UpProjection]],
+        place: int,
+        mask: int,
+        shape: DecoderShape,
+    ) -> None:
         super().__init__()
         self.heads = shape.heads
         self.kv_heads = shape.kv_heads
@@ -74,21 +110,20 @@ class Layer(nn.Module):
         self.kv_width = shape.kv_width
         self.place = place
         self.mask = mask
-        attention, mlp = layer.self_attn, layer.mlp
-        self.input_norm = RMSNorm(layer.input_layernorm.weight.data, shape.epsilon)
-        self.mlp_norm = RMSNorm(layer.post_attention_layernorm.weight.data, shape.epsilon)
-        self.qkv, self.qkv_bias = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o, self.o_bias = fuse(attention.o_proj)
-        self.gate_up, self.gate_up_bias = fuse(mlp.gate_proj, mlp.up_proj)
-        self.down, self.down_bias = fuse(mlp.down_proj)
-        self.qkv_ups = ups.of({"q": 0, "k": shape.query_width, "v": shape.query_width + shape.kv_width})
-        self.o_ups = ups.of({"o": 0})
-        self.gate_up_ups = ups.of({"gate": 0, "up": shape.intermediate})
-        self.down_ups = ups.of({"down": 0})
+        self.input_norm = RMSNorm(norms[0], shape.epsilon)
+        self.mlp_norm = RMSNorm(norms[1], shape.epsilon)
+        self.qkv = projections["qkv"]
+        self.o = projections["o"]
+        self.gate_up = projections["gate_up"]
+        self.down = projections["down"]
+        self.qkv_ups = nn.ModuleList(ups["qkv"])
+        self.o_ups = nn.ModuleList(ups["o"])
+        self.gate_up_ups = nn.ModuleList(ups["gate_up"])
+        self.down_ups = nn.ModuleList(ups["down"])
 
     def project(self, u: Tensor) -> Tensor:
         """u [B, T, H] -> q, k and v side by side, before any injection."""
-        return F.linear(u, self.qkv, self.qkv_bias)
+        return self.qkv(u)
 
     def forward(
         self,
@@ -104,15 +139,15 @@ class Layer(nn.Module):
         for up in self.qkv_ups:
             qkv = up(qkv, injections)
         attended = self.attend(qkv, tables, slots, lengths, keys[self.place], values[self.place])
-        y = F.linear(attended, self.o, self.o_bias)
+        y = self.o(attended)
         for up in self.o_ups:
             y = up(y, injections)
         hidden = hidden + y
-        y = F.linear(self.mlp_norm(hidden), self.gate_up, self.gate_up_bias)
+        y = self.gate_up(self.mlp_norm(hidden))
         for up in self.gate_up_ups:
             y = up(y, injections)
         gate, linear = y.chunk(2, -1)
-        y = F.linear(F.silu(gate) * linear, self.down, self.down_bias)
+        y = self.down(F.silu(gate) * linear)
         for up in self.down_ups:
             y = up(y, injections)
         return hidden + y
@@ -150,9 +185,10 @@ class Layer(nn.Module):
 class SegmentGraph(nn.Module):
     """Layers that run without the network. The first one's input norm is the u of the exchange that starts the segment."""
 
-    def __init__(self, layers: List[Layer], down: Tensor) -> None:
+    def __init__(self, layers: List[Layer], down: Tensor, expansions: List[Expansion]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.expansions = nn.ModuleList(expansions)  # one per input
         self.norm = layers[0].input_norm
         self.first: Layer = layers[0]
         self.down = down  # every A of the source, stacked [C, H]
@@ -184,13 +220,30 @@ class SegmentGraph(nn.Module):
 
         slots, lengths: int64 [B], the rows' pool slots and tokens cached so far. Returns hidden [B, T, H].
         """
+        expanded: List[Tensor] = []
+        for index, expansion in enumerate(self.expansions):
+            expanded.append(expansion(injections[index]))
         first = True
         for layer in self.layers:
             if not first:
                 qkv = layer.project(layer.input_norm(hidden))  # pyright: ignore[reportCallIssue]  a ModuleList of Layer
             first = False
-            hidden = layer(hidden, qkv, injections, tables, slots, lengths, keys, values)
+            hidden = layer(hidden, qkv, expanded, tables, slots, lengths, keys, values)
         return hidden
+
+    @torch.jit.export
+    def through(
+        self,
+        hidden: Tensor,
+        injections: List[Tensor],
+        tables: List[Tensor],
+        slots: Tensor,
+        lengths: Tensor,
+        keys: List[Tensor],
+        values: List[Tensor],
+    ) -> Tensor:
+        """The whole segment, where nothing is sent at its start. Arguments as for `forward`."""
+        return self.forward(hidden, self.first.project(self.norm(hidden)), injections, tables, slots, lengths, keys, values)
 
 
 class CloudGraph(nn.Module):
@@ -233,65 +286,18 @@ class CloudGraph(nn.Module):
                 tables.append(mask.repeat(1, self.groups, 1)[:, None])
         return tables
 
-    def forward(self, lengths: Tensor, counts: Tensor, slots: Tensor, like: Tensor) -> List[Tensor]:
-        return self.tables(lengths, counts, slots, like)
-
-
-class LayerUps:
-    """The up-projections of one layer, by target."""
-
-    def __init__(self, plan: ExchangePlan, segment: Segment, layer: int, adapter: Adapter, dtype: torch.dtype) -> None:
-        self.found: dict[str, tuple[int, Column, Tensor]] = {}
-        for exchange in plan.all_exchanges:
-            for column in exchange.columns:
-                if column.layer == layer:
-                    up = adapter.basis[up_name(layer, column.target)]
-                    position = segment.inputs.index(exchange.index)
-                    self.found[column.target] = (position, column, (adapter.config.scale * up).to(dtype))
-
-    def of(self, offsets: dict[str, int]) -> nn.ModuleList:
-        return nn.ModuleList(
-            UpProjection(weight, position, column, offsets[target])
-            for target, (position, column, weight) in self.found.items()
-            if target in offsets
-        )
-
-
-def fuse(*projections: Any) -> tuple[Tensor, Tensor | None]:
-    """Weights of projections that read the same input as one matrix (and bias); the originals are let go, pages and all."""
-    weights = [projection.weight.data for projection in projections]
-    weight = weights[0]
-    if len(weights) > 1:
-        weight = torch.cat(weights)
-        for original in weights:
-            give_back_pages(original)
-    biases = [projection.bias.data for projection in projections if projection.bias is not None]
-    for projection in projections:
-        projection.weight = None
-    return weight, torch.cat(biases) if biases else None
-
-
-def build_segment(model: Any, segment: Segment, shape: DecoderShape, adapter: Adapter, windows: list[int]) -> SegmentGraph:
-    """One segment from the layers of a transformers model, which it takes apart as it goes (peak memory: one layer more)."""
-    plan = adapter.config.plan
-    dtype = model.dtype
-    layers = []
-    for index in range(segment.first, segment.stop):
-        ups = LayerUps(plan, segment, index, adapter, dtype)
-        mask = FIRST_MASK + windows.index(shape.windows[index])
-        layers.append(Layer(model.model.layers[index], index - segment.first, mask, shape, ups))
-        model.model.layers[index] = nn.Identity()
-        give_back()
-    downs = []
-    if segment.exchange is not None:
-        source = next(source for source in plan.sources if source.layer == segment.first)
-        downs = [adapter.basis[down_name(source.layer, name)] for name, _ in source.ranks]
-    down = torch.cat(downs).to(dtype) if downs else torch.zeros(0, shape.hidden, dtype=dtype)
-    return SegmentGraph(layers, down)
-
-
-def build_cloud_graph(model: Any, shape: DecoderShape, adapter: Adapter) -> CloudGraph:
-    """The cloud half of `model` with `adapter`'s basis; consumes the model's layers. Holds no core, table, head or tokenizer."""
-    windows = sorted(set(shape.windows))
-    segments = [build_segment(model, segment, shape, adapter, windows) for segment in adapter.config.plan.segments]
-    return CloudGraph(segments, windows, shape).eval().requires_grad_(False)
+    def forward(
+        self,
+        hidden: Tensor,
+        injections: List[Tensor],
+        counts: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        keys: List[Tensor],
+        values: List[Tensor],
+    ) -> Tensor:
+        """A whole step in one call, for a plan with one segment and no exchange: hidden [B, T, H] -> exit [B, T, H]."""
+        tables = self.tables(lengths, counts, slots, hidden)
+        for segment in self.segments:  # there is one
+            hidden = segment.through(hidden, injections, tables, slots, lengths, keys, values)  # pyright: ignore[reportCallIssue]
+        return hidden

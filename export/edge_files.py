@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..artifact.edge_layout import layer_tensors
 from ..artifact.manifest import write_json
-from ..artifact.names import CHAT_TEMPLATE, CORES, GENERATION, HEAD_TABLE, TABLE, TOKENIZER
+from ..artifact.names import CHAT_TEMPLATE, CORES, ENTRY_DOWN, GENERATION, HEAD_TABLE, LAYERS, TABLE, TOKENIZER, down_name
+from ..artifact.plan import ExchangePlan
+from ..artifact.shape import DecoderShape
 from ..models.adapter import Adapter, write_cores
 from ..models.checkpoint import Base, is_tied
+from ..models.formula import target_projection
 from .edge_graphs import write_graphs
 from .ort_files import write_ort_files
 
@@ -24,13 +28,20 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 def write_edge(folder: Path, base: Base, tokenizer: Any, adapter: Adapter, dtype: str) -> list[str]:
     """Writes every file of the edge half but its manifest; returns their names."""
     model = base.model
-    names = write_graphs(folder, base.shape, model.model.norm.weight.detach().float().numpy(), dtype)
-    names += write_ort_files(folder)
+    plan = adapter.config.plan
+    graphs = write_graphs(folder, plan, base.shape, model.model.norm.weight.detach().float().numpy(), dtype)
+    names = [f"{graph}.onnx" for graph in graphs] + write_ort_files(folder, graphs)
     write_table(model.model.embed_tokens.weight, folder / TABLE, TABLE_DTYPES[dtype])
     names.append(TABLE)
     if not is_tied(model):
         write_table(model.lm_head.weight, folder / HEAD_TABLE, TABLE_DTYPES[dtype])
         names.append(HEAD_TABLE)
+    if plan.device_layers:
+        write_layers(model, plan, base.shape, folder / LAYERS, TABLE_DTYPES[dtype])
+        names.append(LAYERS)
+    if plan.entry_exchange:
+        write_entry_down(model, adapter, folder / ENTRY_DOWN)
+        names.append(ENTRY_DOWN)
     write_cores(adapter, folder / CORES)
     names.append(CORES)
     return names + write_text_files(folder, model, tokenizer)
@@ -41,6 +52,41 @@ def write_table(table: Tensor, path: Path, dtype: torch.dtype) -> None:
     with path.open("wb") as file:
         for rows in table.detach().split(ROWS_AT_ONCE):
             file.write(np.ascontiguousarray(rows.to(dtype).numpy()).data.cast("B"))
+
+
+def write_layers(model: Any, plan: ExchangePlan, shape: DecoderShape, path: Path, dtype: torch.dtype) -> None:
+    """The device's decoder layers, tensor by tensor as edge_layout.layer_tensors says."""
+    with path.open("wb") as file:
+        for index in plan.device_layers:
+            layer = model.model.layers[index]
+            parts = {
+                "input_norm": [layer.input_layernorm],
+                "qkv": [target_projection(layer, target) for target in ("q", "k", "v")],
+                "o": [target_projection(layer, "o")],
+                "mlp_norm": [layer.post_attention_layernorm],
+                "gate_up": [target_projection(layer, target) for target in ("gate", "up")],
+                "down": [target_projection(layer, "down")],
+            }
+            for name, size in layer_tensors(shape):
+                tensors = [_member(module, "bias" if name.endswith("_bias") else "weight") for module in parts[name.removesuffix("_bias")]]
+                whole = torch.cat(tensors)
+                assert tuple(whole.shape) == size
+                file.write(np.ascontiguousarray(whole.to(dtype).numpy()).data.cast("B"))
+
+
+def _member(module: Any, name: str) -> Tensor:
+    """Weight or bias; zeros for a bias that the base lacks."""
+    found = getattr(module, name)
+    return torch.zeros(module.weight.shape[0], dtype=module.weight.dtype) if found is None else found.detach()
+
+
+def write_entry_down(model: Any, adapter: Adapter, path: Path) -> None:
+    """A of the entry source with the weight of the source's norm folded in: A diag(w) `[C, hidden]` float32."""
+    plan = adapter.config.plan
+    source = plan.source(plan.front_layers)
+    down = torch.cat([adapter.basis[down_name(source.layer, name)] for name, _ in source.ranks])
+    folded = down * model.model.layers[source.layer].input_layernorm.weight.detach().float()
+    path.write_bytes(np.ascontiguousarray(folded.numpy(), "<f4").data.cast("B"))
 
 
 def write_text_files(folder: Path, model: Any, tokenizer: Any) -> list[str]:

@@ -16,14 +16,13 @@ from ..artifact.errors import PloraError
 from ..artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_files
 from ..artifact.manifest import FORMAT_VERSION, FORMATS, MANIFEST, CloudManifest, EdgeManifest, write_json
 from ..artifact.names import CLOUD_GRAPH
-from ..artifact.plan import require_runnable
 from ..artifact.shape import DecoderShape, check_fits
 from ..models.adapter import Adapter, check_base, check_shapes, expected_basis, read_adapter
 from ..models.authors import read_authors_checkpoint
 from ..models.checkpoint import Base, is_tied, read_base, read_tokenizer
 from ..protocol.limits import step_tokens
+from .cloud_build import build_cloud_graph
 from .cloud_file import write_cloud_graph
-from .cloud_graph import build_cloud_graph
 from .config import STAGES, ExportConfig
 from .edge_files import write_edge
 from .export import private_stdout
@@ -67,18 +66,19 @@ def open_adapter(path: Path, shape: DecoderShape) -> Adapter:
     adapter = read_adapter(path) if path.is_dir() else read_authors_checkpoint(path, shape)
     check_fits(adapter.config.plan, shape)
     check_shapes(adapter.basis, expected_basis(adapter.config.plan, shape), str(path))
-    require_runnable(adapter.config.plan)
     step_tokens(adapter.config.plan, shape)  # refuses ranks of which not even one token fits a frame
     return adapter
 
 
 def write_cloud(base: Base, adapter: Adapter, dtype: str, path: Path) -> None:
-    """Consumes the base model: its tables go first, its layers one by one, so that the peak is one copy and a layer."""
+    """Consumes the base model: what the device holds goes first, then its layers one by one, so that the peak is one copy and a layer."""
     model = base.model
     for table in (model.lm_head, model.model.embed_tokens):
         give_back_pages(table.weight.data)
     model.lm_head = None
     model.model.embed_tokens = None
+    for layer in adapter.config.plan.device_layers:
+        model.model.layers[layer] = torch.nn.Identity()
     give_back()
     model.to(DTYPES[dtype])
     write_cloud_graph(build_cloud_graph(model, base.shape, adapter), path)

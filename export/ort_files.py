@@ -11,11 +11,11 @@ from pathlib import Path
 from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
 from ..artifact.errors import VerificationError
-from ..artifact.names import GRAPHS, OPERATORS
+from ..artifact.names import OPERATORS
 
 
-def write_ort_files(folder: Path) -> list[str]:
-    """Converts the `.onnx` graphs in `folder`; returns the new files' names.
+def write_ort_files(folder: Path, graphs: list[str]) -> list[str]:
+    """Converts the `.onnx` graphs of these names in `folder`; returns the new files' names.
 
     The converter writes a second optimisation level and per-run configs beside them: it works in a folder of its own, and one
     `.ort` per graph is shipped.
@@ -25,11 +25,11 @@ def write_ort_files(folder: Path) -> list[str]:
         source, made = Path(scratch, "onnx"), Path(scratch, "ort")
         source.mkdir()
         made.mkdir()
-        for name in GRAPHS:
+        for name in graphs:
             (source / f"{name}.onnx").write_bytes((folder / f"{name}.onnx").read_bytes())
         with contextlib.redirect_stdout(io.StringIO()):
             convert_onnx_models_to_ort(source, made, optimization_styles=[OptimizationStyle.Fixed])
-        for name in GRAPHS:
+        for name in graphs:
             ort_file = made / f"{name}.ort"
             if not ort_file.is_file():
                 raise VerificationError(f"onnxruntime's converter made no {name}.ort; found {sorted(p.name for p in made.iterdir())}")
@@ -37,4 +37,4 @@ def write_ort_files(folder: Path) -> list[str]:
         (operators,) = made.glob("*.config")
         lines = [line for line in operators.read_text().splitlines() if not line.startswith("#")]  # comments name our scratch folder
         (folder / OPERATORS).write_text("\n".join(lines) + "\n")
-    return [*(f"{name}.ort" for name in GRAPHS), OPERATORS]
+    return [*(f"{name}.ort" for name in graphs), OPERATORS]

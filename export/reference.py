@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..artifact.names import core_name
-from ..models.adapter import Adapter, adapted
+from ..models.adapter import Adapter
 from ..models.checkpoint import Base
+from ..models.formula import adapted
 
 REFERENCE = "reference.safetensors"
 PROBE_TEXT = "The lighthouse keeper writes down the weather every morning, and the wind every"
@@ -38,34 +38,38 @@ def probe_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
 
 @torch.no_grad()
 def record_reference(base: Base, adapter: Adapter, tokenizer: Any, path: Path) -> None:
-    """Runs the oracle on the probe and writes `path`: ids, entry, compressed and injection of each exchange, exit, logits
-    of the last token, greedy tokens with their top-2 gaps."""
+    """Runs the oracle on the probe and writes `path`: ids; embedded, entry, compressed and injection of each exchange (-1: the
+    entry's), exit, residual (before the final norm); logits of the last token, greedy tokens with their top-2 gaps."""
     model, plan = base.model, adapter.config.plan
     ids = torch.tensor([probe_tokens(tokenizer, base.shape.vocabulary)])
     ids = ids[:, : max(1, base.shape.context_tokens // 2)]
     kept: dict[str, Tensor] = {"ids": ids[0]}
-    with widened(model), adapted(model, adapter, torch.float32) as cores:
-        captured: list[Tensor] = []
-        hook = model.model.norm.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0][0].clone()))
+    layers = (*model.model.layers, model.model.norm)
+    with widened(model), adapted(model, adapter, torch.float32) as cores, torch.no_grad():
+        places = {"entry": layers[plan.front_layers], "exit": layers[plan.layers - plan.back_layers], "residual": layers[-1]}
+        hooks = [module.register_forward_pre_hook(_keep(kept, name)) for name, module in places.items()]
         logits = model(ids).logits[0]
-        hook.remove()
-        kept["entry"] = model.model.embed_tokens(ids)[0].float()
-        kept["exit"] = captured[0].float()
+        for hook in hooks:
+            hook.remove()
+        kept["embedded"] = model.model.embed_tokens(ids)[0].float()
         kept["logits"] = logits[-1].float()
-        for exchange in plan.exchanges:
-            names = dict.fromkeys(column.down for column in exchange.columns)
-            order = [name for source in plan.sources if source.layer == exchange.source for name, _ in source.ranks]
-            assert set(order) >= set(names)
-            compressed = {name: cores.compressed[exchange.source, name][0].float() for name in order}
-            kept[f"compressed.{exchange.index}"] = torch.cat([compressed[name] for name in order], -1)
-            injected = [compressed[column.down] @ adapter.cores[core_name(column.layer, column.target)].T for column in exchange.columns]
-            kept[f"injection.{exchange.index}"] = torch.cat(injected, -1)
+        for exchange in plan.all_exchanges:
+            downs = [name for name, _ in plan.source(exchange.source).ranks]
+            kept[f"compressed.{exchange.index}"] = torch.cat([cores.compressed[exchange.source, name][0] for name in downs], -1)
+            kept[f"injection.{exchange.index}"] = cores.injection(exchange)[0]
         room = base.shape.context_tokens - ids.shape[1]
         wanted = min(GREEDY_TOKENS if model.dtype == torch.float32 else GREEDY_TOKENS_WIDENED, room)
         kept["greedy"], kept["gaps"] = greedy(model, ids, wanted)
     path.touch(mode=0o600)
     save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
     path.chmod(0o600)
+
+
+def _keep(kept: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, inputs: Any) -> None:
+        kept[name] = inputs[0][0].float().clone()
+
+    return hook
 
 
 def greedy(model: Any, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:

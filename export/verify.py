@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from ..artifact.errors import DamagedFile, MissingFile, PloraError, VerificationError, WrongPair
+from ..artifact.errors import DamagedFile, MissingFile, PloraError, VerificationError
 from ..artifact.manifest import CloudManifest, EdgeManifest, check_files, read_manifest
-from ..artifact.names import CLOUD_GRAPH, CORES, CORES_GRAPH, EMBEDDING_GRAPH, GRAPH_FORMATS, HEAD_GRAPH, HEAD_TABLE, TABLE, core_name
-from ..artifact.plan import Exchange, Segment
+from ..artifact.names import GRAPH_FORMATS
 from ..artifact.strict import plain
-from ..artifact.walk import walk
 from .export import private_stdout
+from .joined import Floats, Halves
 from .reference import REFERENCE
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}
@@ -36,9 +31,7 @@ GAP = 1e-3
 CHUNKS = (5, 1, 1)
 """The probe is fed as 5 tokens, 1, 1 and the rest, so that the cache is written and read in every way."""
 SENSITIVITY = 10
-"""The negative control, one core perturbed, must move the exit by so many times the tolerance (fp32)."""
-
-Floats = NDArray[np.float32]
+"""The negative control, one core perturbed, must move some tensor by so many times the tolerance (fp32)."""
 
 
 @dataclass
@@ -59,89 +52,7 @@ class Report:
     top1_agrees: bool = False
     perturbed_core: str = ""
     perturbed_error: float = 0.0
-
-
-class Halves:
-    """Both halves of an artifact, driven by the walk, without a network."""
-
-    def __init__(self, out: Path, graphs: str) -> None:
-        self.cloud = read_manifest(CloudManifest, out / "cloud")
-        self.edge = read_manifest(EdgeManifest, out / "edge")
-        if self.cloud.contract_hash != self.edge.contract_hash:
-            raise WrongPair(
-                f"{out}: cloud has contract {self.cloud.contract_hash[:16]}…, edge {self.edge.contract_hash[:16]}…: not of one export"
-            )
-        self.plan, self.shape = self.cloud.contract.plan, self.cloud.contract.shape
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated", DeprecationWarning)
-            self.graph: Any = torch.jit.load(str(out / "cloud" / CLOUD_GRAPH), map_location="cpu")
-        self.segments = list(self.graph.segments.children())
-        self.sessions = {
-            name: ort.InferenceSession(str(out / "edge" / f"{name}.{graphs}"), providers=["CPUExecutionProvider"])
-            for name in (EMBEDDING_GRAPH, CORES_GRAPH, HEAD_GRAPH)
-        }
-        dtype = np.dtype("<f4") if self.edge.dtype == "fp32" else np.dtype("<f2")
-        size = (self.shape.vocabulary, self.shape.hidden)
-        self.table = np.memmap(out / "edge" / TABLE, dtype, "r", shape=size)
-        self.head_table = self.table if self.edge.tied else np.memmap(out / "edge" / HEAD_TABLE, dtype, "r", shape=size)
-        with safe_open(out / "edge" / CORES, framework="np") as file:
-            self.cores: dict[str, Floats] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets the session."""
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.cloud.dtype]
-        size = (1, self.shape.kv_heads, CACHE_TOKENS, self.shape.head_dim)
-        self.keys = [torch.zeros(size, dtype=dtype) for _ in range(self.plan.cloud_layers)]
-        self.values = [torch.zeros(size, dtype=dtype) for _ in range(self.plan.cloud_layers)]
-        self.length = 0
-
-    def run(self, name: str, **inputs: NDArray[Any]) -> Floats:
-        (output,) = self.sessions[name].run(None, inputs)
-        return output  # pyright: ignore[reportReturnType]  each of our graphs has one float32 output
-
-    def embed(self, ids: list[int]) -> Floats:
-        return self.run(EMBEDDING_GRAPH, ids=np.asarray(ids, np.int64), table=self.table)
-
-    def logits(self, exit_rows: Floats) -> Floats:
-        return self.run(HEAD_GRAPH, exit=exit_rows, table=self.head_table)
-
-    def inject(self, exchange: Exchange, compressed: Floats) -> Floats:
-        block = np.zeros((exchange.injection_columns, exchange.compressed_columns), np.float32)
-        for column in exchange.columns:
-            block[column.up_start : column.up_stop, column.down_start : column.down_stop] = self.cores[
-                core_name(column.layer, column.target)
-            ]
-        return self.run(CORES_GRAPH, compressed=compressed, cores=block)
-
-    @torch.inference_mode()
-    def step(self, ids: list[int]) -> dict[str, Floats]:
-        """One step; every tensor that crosses between the halves, by the names of the record."""
-        seen: dict[str, Floats] = {"entry": self.embed(ids)}
-        hidden = torch.tensor(seen["entry"], dtype=self.keys[0].dtype)[None]
-        slots, lengths, counts = torch.tensor([0]), torch.tensor([self.length]), torch.tensor([len(ids)])
-        tables = self.graph.tables(lengths, counts, slots, hidden)
-        injections: dict[int, Tensor] = {}
-        for stage in walk(self.plan):
-            if isinstance(stage, Segment):
-                segment = self.segments[stage.index]
-                u, compressed = segment.open(hidden)
-                if stage.exchange is not None:
-                    exchange = self.plan.exchanges[stage.exchange]
-                    seen[f"compressed.{exchange.index}"] = compressed[0].float().numpy()
-                    injection = self.inject(exchange, seen[f"compressed.{exchange.index}"])
-                    seen[f"injection.{exchange.index}"] = injection
-                    injections[exchange.index] = torch.tensor(injection, dtype=hidden.dtype)[None]
-                inputs = [injections[index] for index in stage.inputs]
-                own = self.plan.cache_of(stage)
-                hidden = segment(hidden, segment.ahead(u), inputs, tables, slots, lengths, self.keys[own], self.values[own])
-        seen["exit"] = hidden[0].float().numpy()
-        self.length += len(ids)
-        return seen
-
-
-CACHE_TOKENS = 512
-"""Of the verifier's one session: the probe and its continuation are under 100 tokens."""
+    perturbed_exit_error: float = 0.0
 
 
 def read_reference(out: Path) -> dict[str, NDArray[Any]]:
@@ -186,11 +97,11 @@ def verify(out: Path) -> Report:
     got = probe(halves, ids)
     for name, tensor in got.items():
         report.errors[name] = relative_error(tensor, expected[name])
-    logits = halves.logits(got["exit"][-1:])
+    logits = halves.logits(got["residual"][-1:])
     report.errors["logits"] = relative_error(logits[0], expected["logits"])
     report.kl_nats, report.top1_agrees = _compare_distributions(logits[0], expected["logits"])
     _verify_greedy(halves, logits[0], expected, report)
-    _verify_ort(out, halves, got, report)
+    _verify_ort(halves, got, report)
     _verify_sensitivity(halves, ids, got, report)
     _judge(report)
     return report
@@ -214,22 +125,27 @@ def _verify_greedy(halves: Halves, logits: Floats, expected: dict[str, NDArray[A
             report.greedy_equal += 1
         elif gap < GAP:
             report.greedy_close_calls += 1
-        logits = halves.logits(halves.step([token])["exit"])[0]
+        logits = halves.logits(halves.step([token])["residual"])[0]
 
 
-def _verify_ort(out: Path, halves: Halves, got: dict[str, Floats], report: Report) -> None:
+def _verify_ort(halves: Halves, got: dict[str, Floats], report: Report) -> None:
     """The `.ort` graphs on the same inputs."""
-    other = Halves.__new__(Halves)
-    other.__dict__.update(halves.__dict__)
-    other.sessions = {
-        name: ort.InferenceSession(str(out / "edge" / f"{name}.ort"), providers=["CPUExecutionProvider"]) for name in halves.sessions
-    }
-    pairs = [(other.embed([0, 1]), halves.embed([0, 1])), (other.logits(got["exit"][-1:]), halves.logits(got["exit"][-1:]))]
-    pairs += [
-        (other.inject(exchange, got[f"compressed.{exchange.index}"]), got[f"injection.{exchange.index}"])
-        for exchange in halves.plan.exchanges
-    ]
-    report.ort_error = max(relative_error(a, b) for a, b in pairs)
+    plan = halves.plan
+    last = got["residual"][-1:]
+    answers: list[list[Floats]] = []
+    sessions = halves.sessions
+    for graphs in GRAPH_FORMATS:
+        halves.sessions = halves.open_graphs(graphs)
+        halves.reset()
+        own = [halves.embed([0, 1]), halves.logits(last)]
+        own += [halves.inject(exchange, got[f"compressed.{exchange.index}"]) for exchange in plan.exchanges]
+        if plan.entry_exchange:
+            own.append(halves.entry_injection(plan.entry_exchange, got["entry"]))
+        own.append(halves.device_layers(0, plan.front_layers, got["embedded"]))
+        own.append(halves.device_layers(plan.layers - plan.back_layers, plan.layers, got["exit"]))
+        answers.append(own)
+    halves.sessions = sessions
+    report.ort_error = max(relative_error(ours, theirs) for ours, theirs in zip(*answers, strict=True))
 
 
 def _verify_sensitivity(halves: Halves, ids: list[int], got: dict[str, Floats], report: Report) -> None:
@@ -241,7 +157,9 @@ def _verify_sensitivity(halves: Halves, ids: list[int], got: dict[str, Floats], 
     rng = np.random.default_rng(0)
     halves.cores[name] = core + (rng.standard_normal(core.shape) * max(0.1, float(np.abs(core).max()))).astype(np.float32)
     report.perturbed_core = name
-    report.perturbed_error = relative_error(probe(halves, ids)["exit"], got["exit"])
+    perturbed = probe(halves, ids)
+    report.perturbed_error = max(relative_error(perturbed[tensor], got[tensor]) for tensor in got)
+    report.perturbed_exit_error = relative_error(perturbed["exit"], got["exit"])
     halves.cores[name] = core
 
 
@@ -261,7 +179,7 @@ def _judge(report: Report) -> None:
         )
     if exact and report.perturbed_core and report.perturbed_error < SENSITIVITY * report.tolerance:
         raise VerificationError(
-            f"perturbing {report.perturbed_core} moves the exit by {report.perturbed_error:.2e} only, expected at least "
+            f"perturbing {report.perturbed_core} moves no tensor by more than {report.perturbed_error:.2e}, expected at least "
             f"{SENSITIVITY * report.tolerance:.0e}: the comparison would not notice a wrong core"
         )
 

@@ -8,7 +8,7 @@ from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DTYPE_BYTES, DecoderShape
 
 MAJOR = PROTOCOL_MAJOR
-MINOR = 0
+MINOR = 1
 SERVICE = "plora.v1.PrivateLora"
 METHOD = "Exchange"
 
