@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """input_ids and labels, both [T]; a label is IGNORED outside responses."""
+    """input_ids and labels, both [T]; a label is IGNORED outside responses. row: its number in the file, from 1."""
 
     input_ids: list[int]
     labels: list[int]
+    row: int = 0
 
 
 def read_rows(path: Path) -> list[list[Message]]:
@@ -93,6 +94,12 @@ def tokenize(messages: list[Message], tokenizer: Any, max_tokens: int, where: st
     if len(input_ids) > max_tokens:
         raise DataError(f"{where}: {len(input_ids)} tokens, at most {max_tokens} are used; shorten it or raise --max-tokens")
     return Example(input_ids, labels)
+
+
+def read_examples(path: Path, tokenizer: Any, max_tokens: int) -> list[Example]:
+    """Every row of a file, tokenised. Raises MissingFile, or DataError naming the row."""
+    rows = enumerate(read_rows(path), 1)
+    return [replace(tokenize(row, tokenizer, max_tokens, f"{path}, row {number}"), row=number) for number, row in rows]
 
 
 def _render(messages: list[Message], tokenizer: Any, answer_next: bool) -> str:

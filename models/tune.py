@@ -2,205 +2,226 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
-from torch import Tensor
 
 from ..artifact.errors import ModelError, UsageError
 from ..artifact.folders import check_new
-from ..artifact.plan import ExchangePlan, require_runnable
-from .adapter import Adapter, Cores, check_base, make_adapter, read_adapter, write_adapter
+from ..artifact.plan import ExchangePlan
+from ..artifact.strict import canonical_json
+from .adapter import Adapter, check_base, make_adapter, read_adapter, write_adapter
 from .basis import new_adapter
+from .card import card, plan_words
 from .checkpoint import Base, read_base, read_tokenizer
-from .rows import IGNORED, Example, read_rows, tokenize
+from .formula import Cores
+from .report import Report
+from .rows import Example, read_examples
+from .schedule import EVALUATIONS, SAVES, Batches, Schedule, split
+from .trainer import CoresTrainer, Tuned
+from .tune_config import LEARNING_RATES, TuneConfig
+from .unfinished import Settings, Unfinished
 
 METRICS = "metrics.jsonl"
-LEARNING_RATES = {"random": 1e-2, "svd": 1e-2, "imported": 1e-2}
-"""Peak rates. 1e-2 tuned the demo's persona (docs/tuning.md); it is not the outcome of a sweep."""
+CARD = "README.md"
 
 
-@dataclass(frozen=True)
-class TuneConfig:
-    """base: folder, hub id or GGUF; basis: an adapter folder whose basis to keep, None for a fresh one of `basis_kind`;
-    plan: from the number of layers, for a fresh one; steps: None for `epochs` over the data; learning_rate: peak, None for the
-    basis' default; max_tokens: longest row; held_out: rows to evaluate on at the end."""
-
-    base: str
-    data: Path
-    out: Path
-    plan: Callable[[int], ExchangePlan] | None = None
-    basis: Path | None = None
-    basis_kind: str = "random"
-    scale: float = 1.0
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 8
-    learning_rate: float | None = None
-    seed: int = 0
-    max_tokens: int = 512
-    held_out: Path | None = None
-    replace: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.plan is None) == (self.basis is None):
-            raise UsageError("either a plan for a fresh basis or --basis DIR, which brings its plan, not both")
-        positive = {"--epochs": self.epochs, "--batch-size": self.batch_size, "--scale": self.scale, "--max-tokens": self.max_tokens}
-        if self.steps is not None:
-            positive["--steps"] = self.steps
-        if self.learning_rate is not None:
-            positive["--learning-rate"] = self.learning_rate
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
-        for name, value in positive.items():
-            if not value > 0 or not math.isfinite(value):
-                raise UsageError(f"{name} {value}: expected more than 0")
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; the text says how to go on."""
 
 
-def tune(config: TuneConfig, say: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Writes the tuned adapter to `config.out`, whole or not at all; returns the summary. `say` is told each log record.
+def tune(config: TuneConfig, report: Report | None = None) -> dict[str, Any]:
+    """Writes the tuned adapter to `config.out`, whole or not at all; returns the summary.
 
-    Raises UsageError, ModelError, DataError, PlanError and their children.
+    Resumes what an interrupted run with the same settings left beside `config.out`. Raises UsageError, ModelError, DataError,
+    PlanError and their children, and Interrupted.
     """
     check_new(config.out, config.replace)
+    processes = accelerate.PartialState(cpu=config.device == "cpu")
+    report = report if report is not None and processes.is_main_process else Report()
     base = read_base(config.base)
+    plan = _plan(config, base)
     tokenizer = read_tokenizer(base.source)
-    adapter = _start(config, base)
-    examples = _examples(config.data, tokenizer, config.max_tokens)
-    held_out = _examples(config.held_out, tokenizer, config.max_tokens) if config.held_out else None
+    examples, held_out = _rows(config, tokenizer)
+    parts = config.accumulate * processes.num_processes
+    schedule = Schedule.plan(len(examples), config.batch_size, parts, config.epochs, config.steps, config.seed)
+    unfinished = Unfinished.of(config.out)
+    arguments = _arguments(config, schedule, unfinished)
+    settings = _settings(config, base, plan, schedule, processes.num_processes, arguments.device.type)
+    goes_on = unfinished.resumable(settings, config.restart)
+    processes.wait_for_everyone()  # all have looked before one writes
+    if processes.is_main_process and not goes_on:
+        unfinished.remove()
+        unfinished.begin(settings, _start(config, base, plan))
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return _run(config, base, unfinished, arguments, Batches(examples, schedule), held_out, report)
+    with unfinished.held():
+        return _run(config, base, unfinished, arguments, Batches(examples, schedule), held_out, report)
+
+
+def _run(
+    config: TuneConfig,
+    base: Base,
+    unfinished: Unfinished,
+    arguments: transformers.TrainingArguments,
+    batches: Batches,
+    held_out: list[Example],
+    report: Report,
+) -> dict[str, Any]:
+    schedule, adapter = batches.schedule, unfinished.start()
     base.model.float()  # cores of 16 bits would lose small updates
-    torch.manual_seed(config.seed)
     cores = Cores(base.model, adapter, torch.float32)
-    base.model.plora_cores = cores  # a submodule, so that the Trainer finds what to train
-    with tempfile.TemporaryDirectory() as scratch:
-        records: list[dict[str, Any]] = []
-        trainer = _trainer(config, adapter, base.model, tokenizer, examples, held_out, scratch, lambda r: (records.append(r), say(r)))
-        began = time.monotonic()
-        result = trainer.train()
-        if not math.isfinite(result.training_loss):
-            raise ModelError(f"the loss is {result.training_loss} after {result.global_step} steps; lower --learning-rate")
-        summary = {
-            "steps": result.global_step,
-            "seconds": round(time.monotonic() - began, 1),
-            "train_loss": result.training_loss,
-            "parameters": sum(core.numel() for core in adapter.cores.values()),
-            "rows": len(examples),
-        }
-        if held_out is not None:
-            summary["held_out_loss"] = trainer.evaluate()["eval_loss"]
-        tuned = cores.tuned(adapter)
-        metrics = "".join(json.dumps(record) + "\n" for record in [*records, summary])
-        write_adapter(tuned, config.out, config.replace, {METRICS: metrics})
+    every = (config.eval_every or schedule.every(EVALUATIONS), config.save_every or schedule.every(SAVES))
+    tuned = Tuned(base.model, cores, base.shape.windows)
+    trainer = CoresTrainer(tuned, arguments, adapter, batches, held_out, unfinished, report, *every)
+    try:
+        checkpoint = unfinished.latest()
+        if checkpoint is not None:
+            report.note(f"resuming at step {checkpoint[0]} of {schedule.steps}")
+        elif held_out:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint is not None else None)
+    except KeyboardInterrupt:
+        raise Interrupted(_leave(unfinished, schedule)) from None
+    except ModelError:  # the same command would only meet it again
+        if trainer.is_world_process_zero():
+            unfinished.remove()
+        raise
+    except BaseException:
+        _leave(unfinished, schedule)
+        raise
+    finally:
+        report.close()
+        cores.remove()
+    summary = _summary(trainer, batches, held_out)
+    if trainer.is_world_process_zero():
+        metrics = "".join(json.dumps(record) + "\n" for record in [*trainer.records, summary])
+        text = card(adapter.config, base.name, config.out.name, summary, arguments.learning_rate, config.calibration is not None)
+        write_adapter(cores.tuned(adapter), config.out, config.replace, private={METRICS: metrics}, public={CARD: text})
+        unfinished.remove()
     return summary
 
 
-def _start(config: TuneConfig, base: Base) -> Adapter:
-    """The adapter with cores of zero."""
-    if config.basis is None:
-        assert config.plan is not None  # TuneConfig checked it
-        plan = config.plan(base.shape.layers)
-        require_runnable(plan)
-        return new_adapter(base, plan, config.basis_kind, config.scale, config.seed)
+def _leave(unfinished: Unfinished, schedule: Schedule) -> str:
+    """Keeps a folder from which a run can go on, and no other; says which."""
+    if (checkpoint := unfinished.latest()) is None:
+        unfinished.remove()
+        return "nothing saved yet: the same command starts anew"
+    return f"saved up to step {checkpoint[0]} of {schedule.steps}: the same command resumes there"
+
+
+def _plan(config: TuneConfig, base: Base) -> ExchangePlan:
+    plan = config.plan(base.shape.layers) if config.plan is not None else _kept(config, base).config.plan
+    if not plan.cores:
+        raise UsageError("the plan adapts no layer: there is nothing to tune")
+    return plan
+
+
+def _kept(config: TuneConfig, base: Base) -> Adapter:
+    assert config.basis is not None  # TuneConfig checked it
     given = read_adapter(config.basis)
     check_base(given, base.fingerprint, base.name)
+    return given
+
+
+def _start(config: TuneConfig, base: Base, plan: ExchangePlan) -> Adapter:
+    """The adapter with cores of zero."""
+    if config.basis is None:
+        base.model.float()
+        return new_adapter(base, plan, config.basis_kind, config.scale, config.seed, config.calibration)
+    given = _kept(config, base)
     kept = given.config
     return make_adapter(kept.plan, base.shape, given.basis, kept.scale, kept.basis_kind, kept.seed, kept.base, kept.base_name)
 
 
-def _examples(path: Path, tokenizer: Any, max_tokens: int) -> list[Example]:
-    return [tokenize(row, tokenizer, max_tokens, f"{path}, row {number}") for number, row in enumerate(read_rows(path), 1)]
+def _rows(config: TuneConfig, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out)."""
+    examples = read_examples(config.data, tokenizer, config.max_tokens)
+    if config.held_out_share is not None:
+        return split(examples, config.held_out_share, config.seed)
+    return examples, read_examples(config.held_out, tokenizer, config.max_tokens) if config.held_out is not None else []
 
 
-def _trainer(
-    config: TuneConfig,
-    adapter: Adapter,
-    model: Any,
-    tokenizer: Any,
-    examples: list[Example],
-    held_out: list[Example] | None,
-    scratch: str,
-    say: Callable[[dict[str, Any]], Any],
-) -> Any:
+def _arguments(config: TuneConfig, schedule: Schedule, unfinished: Unfinished) -> transformers.TrainingArguments:
+    kind = config.basis_kind if config.basis is None else read_adapter(config.basis).config.basis_kind
     arguments = transformers.TrainingArguments(
-        output_dir=scratch,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        num_train_epochs=config.epochs,
-        max_steps=config.steps or -1,
-        learning_rate=config.learning_rate or LEARNING_RATES[adapter.config.basis_kind],
+        output_dir=str(unfinished.writing),
+        per_device_train_batch_size=1,  # an item is a whole batch
+        gradient_accumulation_steps=config.accumulate,
+        max_steps=schedule.steps,
+        train_sampling_strategy="sequential",
+        learning_rate=config.learning_rate or LEARNING_RATES[kind],
         lr_scheduler_type="linear",
-        warmup_steps=5,
+        warmup_steps=schedule.warmup_steps,
         max_grad_norm=1.0,
         weight_decay=0.0,
         optim="adamw_torch",
         seed=config.seed,
         data_seed=config.seed,
-        save_strategy="no",
-        logging_strategy="steps",
-        logging_steps=5,
+        save_strategy="no",  # when to save, evaluate and log is said in trainer.py
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # it hides what we refuse
         report_to=[],
         remove_unused_columns=False,
-        use_cpu=True,  # the adapter's hooks hold A and B where the model was loaded
-        disable_tqdm=not sys.stderr.isatty(),
+        use_cpu=config.device == "cpu",
+        disable_tqdm=True,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # A, B and P never change
     )
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_Rows(examples),
-        eval_dataset=_Rows(held_out) if held_out is not None else None,
-        data_collator=_Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
-        callbacks=[_Say(say)],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
+    if arguments.n_gpu > 1:  # of one process: hooks do not survive DataParallel; more devices take more processes
+        arguments._n_gpu = 1
+    return arguments
 
 
-class _Rows(torch.utils.data.Dataset[Example]):
-    def __init__(self, examples: list[Example]) -> None:
-        self.examples = examples
+def _settings(config: TuneConfig, base: Base, plan: ExchangePlan, schedule: Schedule, processes: int, device: str) -> Settings:
+    """What two commands must share for one to resume the other, by the names that the user knows."""
+    fresh = config.basis is None
+    return {
+        "BASE": base.fingerprint[:16],
+        "--data": _hash(config.data),
+        "plan": f"{plan_words(plan)} ({hashlib.sha256(canonical_json(plan)).hexdigest()[:8]})",
+        "--basis": None if config.basis is None else read_adapter(config.basis).config.basis[:16],
+        "--basis-kind": config.basis_kind if fresh else None,
+        "--calibration": _hash(config.calibration),
+        "--scale": config.scale if fresh else None,
+        "steps": schedule.steps,
+        "--batch-size": schedule.batch_size,
+        "--accumulate": config.accumulate,
+        "processes": processes,
+        "device": device,
+        "--learning-rate": config.learning_rate,
+        "--seed": config.seed,
+        "--max-tokens": config.max_tokens,
+        "--held-out": _hash(config.held_out),
+        "--held-out-share": config.held_out_share,
+        "--eval-every": config.eval_every,
+    }
 
-    def __len__(self) -> int:
-        return len(self.examples)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+def _hash(path: Path | None) -> str | None:
+    return None if path is None else f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" if path.is_file() else str(path)
 
 
-class _Collator:
-    """Pads on the right; padding is attended by nobody before it and counted by no loss."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        longest = max(len(example.input_ids) for example in examples)
-        return {
-            "input_ids": torch.tensor([e.input_ids + [self.pad] * (longest - len(e.input_ids)) for e in examples]),
-            "labels": torch.tensor([e.labels + [IGNORED] * (longest - len(e.labels)) for e in examples]),
-            "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]),
-        }
-
-
-class _Say(transformers.TrainerCallback):
-    """Passes each log record on, and stops at a loss that is no number."""
-
-    def __init__(self, say: Callable[[dict[str, Any]], Any]) -> None:
-        self.say = say
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        loss = float(logs["loss"])
-        self.say({"step": state.global_step, "of": state.max_steps, "loss": loss, "learning_rate": float(logs["learning_rate"])})
-        if not math.isfinite(loss):
-            raise ModelError(f"the loss is {loss} at step {state.global_step}; lower --learning-rate or look at the rows")
+def _summary(trainer: CoresTrainer, batches: Batches, held_out: list[Example]) -> dict[str, Any]:
+    """train_loss, train_accuracy: over the last steps that were recorded."""
+    trained = [record for record in trainer.records if "loss" in record][-1]
+    summary = {
+        "steps": trainer.steps,
+        "seconds": round(trainer.seconds, 1),
+        "train_loss": trained["loss"],
+        "train_accuracy": trained["accuracy"],
+        "parameters": sum(core.numel() for core in trainer.adapter.cores.values()),
+        "rows": len(batches.examples),
+        "held_out_rows": len(held_out),
+    }
+    if held_out:
+        evaluated = [record for record in trainer.records if "held_out_loss" in record][-1]
+        summary |= {name: evaluated[name] for name in ("held_out_loss", "held_out_accuracy")}
+    return summary
