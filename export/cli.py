@@ -7,11 +7,13 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import click
 
 from ..artifact.console import CLICK_CONTEXT, reports_errors
 from ..artifact.errors import UsageError
+from ..models.plan_flags import chosen_plan, plan_options
 
 
 class DefaultCommand(click.Group):
@@ -36,10 +38,9 @@ def main() -> None:
 @click.argument("base", metavar="BASE")
 @click.option(
     "--adapter",
-    required=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A folder from plora-tune, or a checkpoint file of the PrivateLoRA authors.",
+    help="A folder from plora-tune, or a checkpoint file of the PrivateLoRA authors. Required, unless a dry run gets a plan.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make: cloud/, edge/, verification/. Required unless --dry-run."
@@ -52,14 +53,15 @@ def main() -> None:
 )
 @click.option("--cores-only", is_flag=True, help="Write only cores.safetensors into --out: a new persona for an exported basis.")
 @click.option("--exported", type=click.Path(path_type=Path), metavar="DIR", help="With --cores-only: check that the cores fit this export.")
-@click.option("--dry-run", is_flag=True, help="Say what would be made, and what a token would cost; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Draw the plan, say what would be where and what a token would cost; write nothing.")
 @click.option("--compute-ms", type=float, metavar="MS", help="With --dry-run: compute per token for the prediction. [default: estimated]")
 @click.option("--replace", is_flag=True, help="Replace --out if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@plan_options
 @reports_errors
 def export(
     base: str,
-    adapter: Path,
+    adapter: Path | None,
     out: Path | None,
     dtype: str,
     edge_dtype: str,
@@ -69,18 +71,25 @@ def export(
     compute_ms: float | None,
     replace: bool,
     as_json: bool,
+    **flags: Any,
 ) -> None:
     """Export BASE (a Hugging Face folder, a hub id, or a .gguf file) with an adapter.
 
-    Both halves are verified against the unsplit model before DIR appears; if anything fails, nothing is left behind.
+    Both halves are verified against the unsplit model before DIR appears; if anything fails, nothing is left behind. The flags of a
+    plan, from --plan on, are for --dry-run without an adapter; an export has its adapter's plan.
     """
+    choice = chosen_plan(flags)
     if dry_run:
+        from .drawing import format_dry_run
         from .dry_run import dry_run as describe
-        from .dry_run import format_dry_run
 
-        facts = describe(base, adapter, dtype, edge_dtype, compute_ms)
+        facts = describe(base, adapter, choice, dtype, edge_dtype, compute_ms)
         click.echo(json.dumps(facts) if as_json else format_dry_run(facts))
         return
+    if adapter is None:
+        raise UsageError("--adapter PATH is required (or --dry-run with a plan)")
+    if choice is not None:
+        raise UsageError("an export has its adapter's plan; leave out --plan and its flags, or pass --dry-run instead of --adapter")
     if out is None:
         raise UsageError("--out DIR is required (or pass --dry-run)")
     if cores_only:

@@ -1,109 +1,203 @@
-"""`plora-export --dry-run`: every parameter on its side, file sizes, and what a token would cost. Loads no weight."""
+"""`plora-export --dry-run`: the plan's stages, every parameter on its side, and what a token would cost. Loads no weight."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..artifact.cost import RTTS_MILLIS, payload, tokens_per_second
-from ..artifact.manifest import read_json
-from ..artifact.names import ADAPTER_CONFIG
-from ..artifact.plan import ExchangePlan, require_runnable
+from ..artifact.cost import RTTS_MILLIS, payload, prompt_bytes, tokens_per_second, unshared
+from ..artifact.errors import UsageError
+from ..artifact.names import ADAPTER_CONFIG, down_name
+from ..artifact.plan import Exchange, ExchangePlan, Segment
 from ..artifact.shape import DTYPE_BYTES, DecoderShape, check_fits
-from ..artifact.strict import decode
-from ..models.adapter import AdapterConfig, expected_basis, expected_cores
+from ..artifact.walk import BackLayers, Entry, Exit, FrontLayers, Stage, walk
+from ..models.adapter import expected_basis, expected_cores, read_config
 from ..models.authors import read_authors_checkpoint
 from ..models.checkpoint import read_skeleton
+from ..models.plan_flags import PlanChoice
 
 BYTES_PER_SECOND = 10e9
 """Memory bandwidth behind the estimate of compute: about one core of a small server, or a phone."""
+PROMPT_TOKENS = 512
+"""Length of the prompt whose bytes are listed."""
+BASE_PREFIXES = ("model.", "lm_head.")
+"""How the names of the base's parameters begin; the adapter's begin otherwise (artifact/names.py)."""
+DEVICE_CACHE_DTYPE = "fp32"
+"""Of the KV cache of the device's layers, whatever their weights are stored in."""
 
 
-def read_plan(adapter: Path, shape: DecoderShape) -> ExchangePlan:
-    if adapter.is_dir():
-        where = adapter / ADAPTER_CONFIG
-        return decode(AdapterConfig, read_json(where), str(where)).plan
-    return read_authors_checkpoint(adapter, shape).config.plan
+def dry_run(
+    base: str, adapter: Path | None, choice: PlanChoice | None, dtype: str, edge_dtype: str, compute_millis: float | None
+) -> dict[str, Any]:
+    """The facts, as one JSON object. adapter, choice: one of them has the plan.
 
-
-def dry_run(base: str, adapter: Path, dtype: str, edge_dtype: str, compute_millis: float | None) -> dict[str, Any]:
-    """The facts, as one JSON object. Raises what an export would raise before it reads weights."""
+    Raises UsageError, and what an export would raise before it reads weights.
+    """
+    if (adapter is None) == (choice is None):
+        got = "neither" if adapter is None else "both"
+        raise UsageError(f"--dry-run draws the plan of an adapter (--adapter PATH) or of flags (--plan, --rank, …); got {got}")
+    if compute_millis is not None and not 0 < compute_millis < math.inf:
+        raise UsageError(f"--compute-ms {compute_millis:g}: expected a time above 0")
     shape, skeleton = read_skeleton(base)
-    plan = read_plan(adapter, shape)
+    plan = choice.plan(shape.layers) if choice else _adapters_plan(adapter or Path(), shape)
     check_fits(plan, shape)
-    require_runnable(plan)
     cloud, edge = sides(skeleton, plan, shape)
-    cloud_bytes = sum(cloud.values()) * DTYPE_BYTES[dtype]
-    tables = sum(count for name, count in edge.items() if not name.startswith("layers."))
-    edge_bytes = tables * DTYPE_BYTES[edge_dtype] + 4 * (sum(edge.values()) - tables)
-    assumed = compute_millis is None
-    compute = compute_millis if compute_millis is not None else 1000 * (cloud_bytes + head_bytes(shape, edge_dtype)) / BYTES_PER_SECOND
+    halves = {"cloud": half(cloud, dtype, dtype), "edge": half(edge, edge_dtype, "fp32")}
+    looked_up = halves["edge"]["parts"]["embedding"]["bytes"] if "head" in halves["edge"]["parts"] else 0  # one row of it, not all
+    estimate = 1000 * (halves["cloud"]["bytes"] + halves["edge"]["bytes"] - looked_up) / BYTES_PER_SECOND
+    compute = estimate if compute_millis is None else compute_millis
+    shares = any(source.shared_injection for source in plan.sources)
     return {
         "base": base,
         "plan": {
             "layers": plan.layers,
+            "front_layers": plan.front_layers,
+            "back_layers": plan.back_layers,
             "exchanges": len(plan.exchanges),
             "segments": len(plan.segments),
             "round_trips_per_token": plan.round_trips,
+            "stages": [stage_facts(stage, plan, shape) for stage in walk(plan)],
         },
-        "cloud": {"parameters": cloud, "total": sum(cloud.values()), "bytes": cloud_bytes, "dtype": dtype},
-        "edge": {"parameters": edge, "total": sum(edge.values()), "bytes": edge_bytes, "dtype": edge_dtype},
+        **halves,
         "kv_cache_bytes_per_token": shape.kv_bytes_per_token(dtype, plan.cloud_layers),
-        "wire_bytes_per_token": {
-            wire: {"up": cost.up, "down": cost.down, "communication_reduction": round(cost.communication_reduction, 4)}
-            for wire in DTYPE_BYTES
-            for cost in [payload(plan, shape, wire)]
-        },
+        "device_kv_cache_bytes_per_token": shape.kv_bytes_per_token(DEVICE_CACHE_DTYPE, len(plan.device_layers)),
+        "prompt_tokens": PROMPT_TOKENS,
+        "wire_bytes_per_token": wire_facts(plan, shape),
+        "wire_bytes_per_token_unshared": wire_facts(unshared(plan), shape) if shares else None,
         "compute_millis": round(compute, 2),
-        "compute_is_assumed": assumed,
+        "compute_is_assumed": compute_millis is None,
         "tokens_per_second": {f"{rtt:g}": round(tokens_per_second(plan, rtt, compute), 2) for rtt in RTTS_MILLIS},
     }
 
 
-def head_bytes(shape: DecoderShape, dtype: str) -> int:
-    return shape.vocabulary * shape.hidden * DTYPE_BYTES[dtype]
+def _adapters_plan(adapter: Path, shape: DecoderShape) -> ExchangePlan:
+    if adapter.is_dir():
+        return read_config(adapter / ADAPTER_CONFIG).plan
+    return read_authors_checkpoint(adapter, shape).config.plan
 
 
 def sides(model: Any, plan: ExchangePlan, shape: DecoderShape) -> tuple[dict[str, int], dict[str, int]]:
-    """Values per tensor, by name: (cloud, edge). Every parameter of base and adapter is on exactly one side."""
+    """Values per tensor, by name: (cloud, edge). Every parameter of base and adapter is on exactly one side.
+
+    The entry source's A is the device's, with that layer's input norm folded in; the norm itself stays with its layer in the cloud.
+    """
     cloud: dict[str, int] = {}
     edge: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        (cloud if name.startswith("model.layers.") else edge)[name] = parameter.numel()
+        parts = name.split(".")
+        in_cloud = parts[:2] == ["model", "layers"] and int(parts[2]) not in plan.device_layers
+        (cloud if in_cloud else edge)[name] = parameter.numel()
+    held = {down_name(source.layer, name) for source in plan.sources if source.on_device for name, _ in source.ranks}
     for name, (rows, columns) in expected_basis(plan, shape).items():
-        cloud[name] = rows * columns
+        (edge if name in held else cloud)[name] = rows * columns
     for name, (rows, columns) in expected_cores(plan).items():
         edge[name] = rows * columns
     return cloud, edge
 
 
-def format_dry_run(facts: dict[str, Any]) -> str:
-    """For a person: sums by kind of tensor, then the costs."""
-    plan = facts["plan"]
-    lines = [
-        f"{facts['base']}: {plan['layers']} layers, {plan['exchanges']} exchanges, {plan['segments']} cloud segments, "
-        f"{plan['round_trips_per_token']} round trips per token"
-    ]
-    for side in ("cloud", "edge"):
-        half = facts[side]
-        lines.append(f"{side}: {half['total']:,} values, {half['bytes'] / 1e6:,.1f} MB in {half['dtype']}")
-        lines += [f"  {kind:<44}{count:>16,}" for kind, count in kinds(half["parameters"]).items()]
-    lines.append(f"KV cache in the cloud: {facts['kv_cache_bytes_per_token']:,} bytes per token")
-    for wire, cost in facts["wire_bytes_per_token"].items():
-        lines.append(
-            f"wire in {wire}: {cost['up']:,} bytes up, {cost['down']:,} down per token; "
-            f"{100 * cost['communication_reduction']:.1f} % less than full-rank exchange"
+def part(name: str) -> str:
+    """Which part of the model a parameter belongs to, as the table of sides calls it."""
+    if name.startswith(BASE_PREFIXES):
+        return {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head", "model.norm.weight": "final norm"}.get(
+            name, "decoder layers"
         )
-    source = f"assumed: weights read at {BYTES_PER_SECOND / 1e9:g} GB/s" if facts["compute_is_assumed"] else "given"
-    rates = ", ".join(f"{rtt} ms: {rate:g}" for rtt, rate in facts["tokens_per_second"].items())
-    lines.append(f"predicted tokens/s at {facts['compute_millis']:g} ms of compute ({source}), by RTT: {rates}")
-    return "\n".join(lines)
+    return {"down": "A", "up": "B", "expand": "P", "core": "cores"}[name.rpartition(".")[2]]
 
 
-def kinds(parameters: dict[str, int]) -> dict[str, int]:
-    """Layer numbers replaced by *, counts summed."""
-    sums: dict[str, int] = {}
+def half(parameters: dict[str, int], base_dtype: str, adapter_dtype: str) -> dict[str, Any]:
+    """One side's parameters, with values and bytes by part; base and adapter are stored in dtypes of their own."""
+    parts: dict[str, dict[str, int]] = {}
     for name, count in parameters.items():
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        sums[kind] = sums.get(kind, 0) + count
-    return sums
+        sums = parts.setdefault(part(name), {"values": 0, "bytes": 0})
+        sums["values"] += count
+        sums["bytes"] += count * DTYPE_BYTES[base_dtype if name.startswith(BASE_PREFIXES) else adapter_dtype]
+    total = sum(parameters.values())
+    return {
+        "parameters": parameters,
+        "parts": parts,
+        "total": total,
+        "bytes": sum(sums["bytes"] for sums in parts.values()),
+        "dtype": base_dtype,
+    }
+
+
+def stage_facts(stage: Stage, plan: ExchangePlan, shape: DecoderShape) -> dict[str, Any]:
+    """One stage of the walk: its kind and figures, values and bytes per token."""
+    match stage:
+        case FrontLayers():
+            return {"kind": "front_layers", "first": 0, "stop": stage.stop}
+        case Entry():
+            injection = exchange_facts(stage.exchange, plan) if stage.exchange else None
+            return {"kind": "entry", "hidden": shape.hidden, "bytes_up": in_dtypes(shape.hidden), "injection": injection}
+        case Exchange():
+            return {"kind": "exchange", "hidden": shape.hidden, **exchange_facts(stage, plan)}
+        case Segment():
+            return {"kind": "segment", "index": stage.index, "first": stage.first, "stop": stage.stop, "inputs": list(stage.inputs)}
+        case Exit():
+            rows = "all" if plan.back_layers else "last"
+            return {"kind": "exit", "hidden": shape.hidden, "bytes_down": in_dtypes(shape.hidden), "prompt_rows": rows}
+        case BackLayers():
+            return {"kind": "back_layers", "first": stage.first, "stop": stage.stop}
+
+
+def exchange_facts(exchange: Exchange, plan: ExchangePlan) -> dict[str, Any]:
+    """Ranks, cores, values and bytes of an exchange or of the entry's injection, which has nothing to send down."""
+    on_device = exchange.index < 0
+    return {
+        "index": exchange.index,
+        "source": exchange.source,
+        "ranks": dict(plan.source(exchange.source).ranks),
+        "compressed": exchange.compressed_columns,
+        "injection": exchange.injection_columns,
+        "expanded": exchange.up_columns if exchange.shared else None,
+        "cores": [
+            {"count": count, "out_rank": out_rank, "rank": rank}
+            for (out_rank, rank), count in Counter((core.out_rank, core.rank) for core in exchange.cores).items()
+        ],
+        "feeds": feeds(exchange),
+        "bytes_down": in_dtypes(0 if on_device else exchange.compressed_columns),
+        "bytes_up": in_dtypes(exchange.injection_columns),
+    }
+
+
+def feeds(exchange: Exchange) -> list[dict[str, Any]]:
+    """Ranges of layers `first <= layer < stop` that the exchange feeds in the same targets."""
+    targets: dict[int, list[str]] = {}
+    for column in exchange.columns:
+        targets.setdefault(column.layer, []).append(column.target)
+    found: list[dict[str, Any]] = []
+    for layer, names in targets.items():
+        if found and found[-1]["stop"] == layer and found[-1]["targets"] == names:
+            found[-1]["stop"] += 1
+        else:
+            found.append({"first": layer, "stop": layer + 1, "targets": names})
+    return found
+
+
+def in_dtypes(values: int) -> dict[str, int]:
+    """Bytes of `values` values in each dtype that the wire may have."""
+    return {dtype: values * size for dtype, size in DTYPE_BYTES.items()}
+
+
+def wire_facts(plan: ExchangePlan, shape: DecoderShape) -> dict[str, dict[str, Any]]:
+    """By wire dtype: bytes of a token and of a prompt, and what full rank would be."""
+    found: dict[str, dict[str, Any]] = {}
+    for dtype in DTYPE_BYTES:
+        cost = payload(plan, shape, dtype)
+        prompt_up, prompt_down = prompt_bytes(plan, shape, dtype, PROMPT_TOKENS)
+        found[dtype] = {
+            "up": cost.up,
+            "down": cost.down,
+            "communication_reduction": round(cost.communication_reduction, 4),
+            "entry_up": cost.entry_up,
+            "exit_down": cost.exit_down,
+            "low_rank_up": cost.low_rank_up,
+            "low_rank_down": cost.low_rank_down,
+            "full_rank_up": cost.full_rank_up,
+            "full_rank_down": cost.full_rank_down,
+            "prompt_up": prompt_up,
+            "prompt_down": prompt_down,
+        }
+    return found
