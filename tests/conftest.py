@@ -19,15 +19,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from plora.artifact import Exchange, ExchangePlan, paper_plan
-from plora.artifact.names import core_name
+from plora.artifact import Exchange, ExchangePlan, entry_plan, paper_plan
 from plora.device_runtime import PrivateSession
 from plora.export.config import ExportConfig
 from plora.export.export import export
 from plora.export.halves import write_halves
-from plora.models.adapter import Adapter, merge, replace_cores, write_adapter
+from plora.models.adapter import Adapter, replace_cores, write_adapter
 from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base, read_base
+from plora.models.formula import merge
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -51,6 +51,8 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+"""The one scaling that also multiplies cos and sin."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -119,16 +121,22 @@ def make_export(
     kind: str = "random",
     dtype: str = "fp32",
     edge_dtype: str = "fp32",
+    verified: bool = True,
     **overrides: Any,
 ) -> Made:
-    """Base, tuned adapter and verified export in `folder`. plan: from the number of layers; dtype, edge_dtype: of the export."""
+    """Base, tuned adapter and export in `folder`. plan: from the number of layers; dtype, edge_dtype: of the export; verified: by
+    the exporter, as users get it, which takes a process and some seconds."""
     base_folder = save_tiny_base(folder / "base", family, **overrides)
     base = read_base(str(base_folder))
     layers = base.shape.layers
     adapter = tuned(new_adapter(base, plan(layers) if plan else paper_plan(layers, 6), kind, 1.0, 0))
     write_adapter(adapter, folder / "adapter")
     config = ExportConfig(str(base_folder), folder / "adapter", folder / "out", dtype, edge_dtype)
-    export(config, lambda stage: None, write_halves)  # in this process: a fresh one costs 4 s for every export
+    if verified:
+        export(config, lambda stage: None, write_halves)  # in this process: a fresh one costs 4 s for every export
+    else:
+        config.out.mkdir()
+        write_halves(config, config.out, lambda stage: None)
     return Made(base_folder, folder / "adapter", adapter, folder / "out")
 
 
@@ -136,6 +144,14 @@ def make_export(
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The export that most tests share: a small Llama with the paper's plan. Do not write into it."""
     return make_export(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """An export of one round trip per token: layers 0 and 3 of four run on the device, fused; a shared injection goes with the entry.
+    Do not write into it."""
+    plan = entry_plan(4, 1, 5, shared_injection=6, back_layers=1)
+    return make_export(tmp_path_factory.mktemp("layered"), "llama", lambda layers: plan, num_hidden_layers=4, head_dim=16)
 
 
 def oracle(made: Made) -> Base:
@@ -221,6 +237,5 @@ def answer(session: PrivateSession, ids: list[int], count: int) -> list[int]:
 
 
 def injected(adapter: Adapter, exchange: Exchange, compressed: Tensor) -> Tensor:
-    """What a device returns: compressed [T, C] -> injection [T, I], by the adapter's own cores."""
-    parts = [compressed[:, c.down_start : c.down_stop] @ adapter.cores[core_name(c.layer, c.target)].T for c in exchange.columns]
-    return torch.cat(parts, -1)
+    """What a device returns: compressed [..., C] -> injection [..., I], by the adapter's own cores."""
+    return torch.cat([compressed[..., core.down_start : core.down_stop] @ adapter.cores[core.name].T for core in exchange.cores], -1)

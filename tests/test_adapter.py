@@ -16,21 +16,21 @@ from plora.artifact import ExchangePlan, grouped_plan, paper_plan
 from plora.artifact.errors import AdapterError, DamagedFile, ManifestError, MissingFile, UsageError, WrongPair
 from plora.artifact.names import ADAPTER_CONFIG, BASIS, CORES, core_name, down_name, up_name
 from plora.models.adapter import (
+    ADAPTER_VERSION,
     Adapter,
-    adapted,
     check_base,
     check_shapes,
     expected_basis,
     expected_cores,
     hash_basis,
     make_adapter,
-    merge,
     read_adapter,
     replace_cores,
     write_adapter,
 )
 from plora.models.basis import new_adapter, random_basis
 from plora.models.checkpoint import Base, read_base
+from plora.models.formula import adapted, merge
 
 from .conftest import Made, oracle, save_tiny_base, tuned
 
@@ -203,9 +203,13 @@ def test_each_missing_file_is_named(folder: Path) -> None:
 def test_a_config_of_another_kind_is_refused(folder: Path) -> None:
     path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text())
-    for change, kind in (({"version": 2}, AdapterError), ({"scale": "1"}, ManifestError), ({"surprise": 1}, ManifestError)):
+    for change, kind in (
+        ({"version": ADAPTER_VERSION + 1}, AdapterError),
+        ({"scale": "1"}, ManifestError),
+        ({"surprise": 1}, ManifestError),
+    ):
         path.write_text(json.dumps({**config, **change}))
-        with pytest.raises(kind, match=next(iter(change)) if kind is ManifestError else "expected plora-adapter 1"):
+        with pytest.raises(kind, match=next(iter(change)) if kind is ManifestError else f"expected plora-adapter {ADAPTER_VERSION}"):
             read_adapter(folder)
 
 

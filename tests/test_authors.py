@@ -16,9 +16,9 @@ from plora.artifact.names import core_name, down_name, up_name
 from plora.device_runtime import open_session
 from plora.export.config import ExportConfig
 from plora.export.export import export
-from plora.models.adapter import adapted, merge
 from plora.models.authors import read_authors_checkpoint
 from plora.models.checkpoint import Base, read_base
+from plora.models.formula import adapted, merge
 
 from .conftest import Made, answer, cloud, greedy, oracle
 

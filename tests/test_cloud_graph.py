@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,30 +13,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from plora.artifact import grouped_plan, paper_plan
+from plora.artifact import AdaptedLayer, ExchangePlan, Source, entry_plan, grouped_plan, paper_plan
 from plora.artifact.manifest import CloudManifest, read_manifest
-from plora.artifact.names import core_name
+from plora.artifact.names import core_name, down_name
 from plora.cloud_server.cache import Pool
 from plora.cloud_server.engine import Engine, Row
 from plora.device_runtime import open_session
-from plora.export.cloud_graph import CloudGraph, build_cloud_graph
-from plora.models.adapter import Adapter, adapted, replace_cores
+from plora.export.cloud_build import build_cloud_graph
+from plora.export.cloud_graph import CloudGraph
+from plora.models.adapter import Adapter, replace_cores
 from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base, read_base
+from plora.models.formula import adapted
 
 from .conftest import FAMILIES, Made, answer, cloud, greedy, injected, make_export, oracle, save_tiny_base, tuned
+from .joined import EagerEngine, error, tiny_base, unsplit
 
 TOLERANCE = 2e-5
 """Of the largest value, fp32: products are summed in another order over 3 layers, some 1e-6; a wrong layer gives 1e-1."""
 TOKENS = 23
 KV_BYTES = 16 << 20
 ALL_TARGETS = ("q", "v", "o", "gate", "up", "down")
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest value."""
-    assert got.shape == expected.shape
-    return float((got - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -45,35 +44,12 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Made:
     )
 
 
-@dataclass
-class Unsplit:
-    """What transformers computes: hidden state after each layer [T, H], and compressed of each source and down name [T, rank]."""
-
-    entry: Tensor
-    hidden: list[Tensor] = field(default_factory=list)
-    compressed: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-
-
-@torch.no_grad()
-def unsplit(base: Base, adapter: Adapter, ids: list[int]) -> Unsplit:
-    model = base.model
-    seen = Unsplit(model.model.embed_tokens(torch.tensor(ids)))
-    after = [*model.model.layers[1:], model.model.norm]  # the input of what follows a layer is its output
-    hooks = [module.register_forward_pre_hook(lambda module, inputs: seen.hidden.append(inputs[0][0].clone())) for module in after]
-    with adapted(model, adapter) as cores:
-        model(torch.tensor([ids]))
-        seen.compressed = {key: value[0].clone() for key, value in cores.compressed.items()}
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 @torch.no_grad()
 def split(graph: Any, base: Base, adapter: Adapter, entry: Tensor, chunks: list[int]) -> tuple[list[Tensor], list[Tensor]]:
     """Runs a CloudGraph, eager or scripted, over entry [T, H] in chunks: hidden after each segment, compressed of each exchange."""
     plan, shape = adapter.config.plan, base.shape
     size = (1, shape.kv_heads, len(entry), shape.head_dim)
-    keys, values = ([torch.zeros(size) for _ in range(shape.layers)] for _ in range(2))
+    keys, values = ([torch.zeros(size) for _ in range(plan.cloud_layers)] for _ in range(2))
     segments = list(graph.segments.children())
     hidden_parts: list[list[Tensor]] = [[] for _ in plan.segments]
     compressed_parts: list[list[Tensor]] = [[] for _ in plan.exchanges]
@@ -82,19 +58,28 @@ def split(graph: Any, base: Base, adapter: Adapter, entry: Tensor, chunks: list[
         hidden = chunk[None]
         slots, lengths = torch.tensor([0]), torch.tensor([length])
         tables = graph.tables(lengths, torch.tensor([len(chunk)]), slots, hidden)
-        injections = {}
+        held = plan.entry_exchange
+        injections = {} if held is None else {-1: injected(adapter, held, entry_compressed(base, adapter, hidden))}
         for segment in plan.segments:
-            u, compressed = segments[segment.index].open(hidden)
-            if segment.exchange is not None:
+            call, own = segments[segment.index], plan.cache_of(segment)
+            rest = (tables, slots, lengths, keys[own], values[own])
+            if segment.exchange is None:
+                hidden = call.through(hidden, [injections[exchange] for exchange in segment.inputs], *rest)
+            else:
+                u, compressed = call.open(hidden)
                 compressed_parts[segment.exchange].append(compressed[0])
-                injections[segment.exchange] = injected(adapter, plan.exchanges[segment.exchange], compressed[0])[None]
-            qkv = segments[segment.index].ahead(u)
-            inputs = [injections[exchange] for exchange in segment.inputs]
-            own = slice(segment.first, segment.stop)
-            hidden = segments[segment.index](hidden, qkv, inputs, tables, slots, lengths, keys[own], values[own])
+                injections[segment.exchange] = injected(adapter, plan.exchanges[segment.exchange], compressed)
+                hidden = call(hidden, call.ahead(u), [injections[exchange] for exchange in segment.inputs], *rest)
             hidden_parts[segment.index].append(hidden[0])
         length += len(chunk)
     return [torch.cat(parts) for parts in hidden_parts], [torch.cat(parts) for parts in compressed_parts]
+
+
+def entry_compressed(base: Base, adapter: Adapter, hidden: Tensor) -> Tensor:
+    """A u of the entry source, by the base's own norm: hidden [..., H] -> [..., C]."""
+    source = adapter.config.plan.source(adapter.config.plan.front_layers)
+    down = torch.cat([adapter.basis[down_name(source.layer, name)] for name, _ in source.ranks])
+    return base.model.model.layers[source.layer].input_layernorm(hidden) @ down.T
 
 
 def fresh_graph(folder: Path, adapter: Adapter) -> CloudGraph:
@@ -110,12 +95,11 @@ def probe(vocabulary: int, count: int = TOKENS, seed: int = 3) -> list[int]:
 def check_against_unsplit(graph: Any, base: Base, adapter: Adapter, chunks: list[int]) -> None:
     plan = adapter.config.plan
     expected = unsplit(base, adapter, probe(base.shape.vocabulary, sum(chunks)))
-    hidden, compressed = split(graph, base, adapter, expected.entry, chunks)
+    hidden, compressed = split(graph, base, adapter, expected.hidden[plan.front_layers], chunks)
     for segment in plan.segments:
-        assert error(hidden[segment.index], expected.hidden[segment.stop - 1]) < TOLERANCE
+        assert error(hidden[segment.index], expected.hidden[segment.stop]) < TOLERANCE
     for exchange in plan.exchanges:
-        names = [name for source in plan.sources if source.layer == exchange.source for name, _ in source.ranks]
-        assert error(compressed[exchange.index], torch.cat([expected.compressed[exchange.source, name] for name in names], -1)) < TOLERANCE
+        assert error(compressed[exchange.index], expected.compressed[exchange.index]) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,6 +107,36 @@ def test_eager_layers_equal_transformers(family: str, tmp_path: Path) -> None:
     base = read_base(str(save_tiny_base(tmp_path, family)))
     adapter = tuned(new_adapter(base, paper_plan(base.shape.layers, 6, separate=True), "random", 0.7, 0))
     check_against_unsplit(fresh_graph(tmp_path, adapter), base, adapter, [TOKENS])
+
+
+PLANS: dict[str, Callable[[], ExchangePlan]] = {
+    "entry": lambda: entry_plan(4, 0, 5, out_rank=4),
+    "entry-front-back-shared": lambda: entry_plan(5, 1, 6, shared_injection=7, back_layers=1),
+    "grouped-shared": lambda: grouped_plan(4, 3, 6, shared_injection=9),
+    "entry-and-exchanges": lambda: ExchangePlan(
+        7, 1, 1,
+        (Source(1, (("q", 3), ("down", 4)), True), Source(2, (("shared", 5),), False, 6), Source(4, (("shared", 2),))),
+        (
+            AdaptedLayer(1, 1, (("q", 3), ("down", 2))), AdaptedLayer(2, 2, (("k", 4), ("up", 3))), AdaptedLayer(3, 1, (("down", 5),)),
+            AdaptedLayer(4, 4, (("v", 4), ("o", 3))), AdaptedLayer(5, 2, (("v", 2), ("gate", 3))),
+        ),
+    ),
+}  # fmt: skip
+
+
+def tiny(name: str) -> tuple[Base, Adapter]:
+    """A model in memory with a plan of PLANS, tuned."""
+    plan = PLANS[name]()
+    base = tiny_base("mistral-window", num_hidden_layers=plan.layers)
+    return base, tuned(new_adapter(base, plan, "random", 0.7, 0))
+
+
+@pytest.mark.parametrize("chunks", [[TOKENS], [5, 1, 1, TOKENS - 7]], ids=str)
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_with_an_entry_source_or_shared_injections_equal_transformers(name: str, chunks: list[int]) -> None:
+    base, adapter = tiny(name)
+    graph = build_cloud_graph(copy.deepcopy(base.model), base.shape, adapter)
+    check_against_unsplit(graph, base, adapter, chunks)
 
 
 @pytest.mark.parametrize("chunks", [[TOKENS], [1] * TOKENS, [5, 1, 1, TOKENS - 7], [16, 7]], ids=str)
@@ -137,7 +151,7 @@ def test_scripted_file_equals_eager_and_transformers(name: str, request: pytest.
     scripted = Engine(made.out / "cloud", KV_BYTES).graph
     eager = fresh_graph(made.base, made.adapter)
     check_against_unsplit(scripted, base, made.adapter, [9, 1, 13])
-    entry = unsplit(base, made.adapter, probe(base.shape.vocabulary)).entry
+    entry = unsplit(base, made.adapter, probe(base.shape.vocabulary)).hidden[made.adapter.config.plan.front_layers]
     for a, b in zip(
         split(scripted, base, made.adapter, entry, [TOKENS])[0], split(eager, base, made.adapter, entry, [TOKENS])[0], strict=True
     ):
@@ -150,9 +164,9 @@ def test_a_perturbed_core_or_a_forgotten_injection_is_seen(made: Made) -> None:
     expected = unsplit(base, made.adapter, probe(base.shape.vocabulary))
     wrong = dict(made.adapter.cores)
     wrong[core_name(1, "k")] = wrong[core_name(1, "k")] * 1.1
-    hidden, _ = split(fresh_graph(made.base, made.adapter), base, replace_cores(made.adapter, wrong), expected.entry, [TOKENS])
-    assert error(hidden[0], expected.hidden[0]) < TOLERANCE  # before the wrong core
-    assert error(hidden[1], expected.hidden[1]) > 10 * TOLERANCE
+    hidden, _ = split(fresh_graph(made.base, made.adapter), base, replace_cores(made.adapter, wrong), expected.hidden[0], [TOKENS])
+    assert error(hidden[0], expected.hidden[1]) < TOLERANCE  # before the wrong core
+    assert error(hidden[1], expected.hidden[2]) > 10 * TOLERANCE
 
 
 # Batches
@@ -160,10 +174,11 @@ def test_a_perturbed_core_or_a_forgotten_injection_is_seen(made: Made) -> None:
 
 @dataclass
 class Talk:
-    """One session on an engine: what it is fed, and the exit that came back."""
+    """One session on an engine: what it is fed, and the exit that came back. injection: the entry's, of all its tokens."""
 
     entry: Tensor
     slot: int
+    injection: Tensor | None = None
     done: int = 0
     exits: list[Tensor] = field(default_factory=list)
 
@@ -172,74 +187,104 @@ class Talk:
         return torch.cat(self.exits)
 
 
+@torch.no_grad()
 def engine_step(engine: Engine, adapter: Adapter, batch: list[tuple[Talk, int]]) -> None:
     """One step of several sessions, each with its own count of new tokens, in single calls of the engine."""
     rows: list[Row] = []
     for talk, count in batch:
-        rows.append(engine.begin(talk.slot, talk.done, talk.entry[talk.done : talk.done + count].numpy(), None))
+        new = slice(talk.done, talk.done + count)
+        rows.append(
+            engine.begin(talk.slot, talk.done, talk.entry[new].numpy(), None if talk.injection is None else talk.injection[new].numpy())
+        )
     for segment in engine.plan.segments:
+        if segment.exchange is None:
+            engine.through(segment.index, rows)
+            continue
         compressed = engine.open(segment.index, rows)
         engine.ahead(segment.index, rows)
         for row, values in zip(rows, compressed, strict=True):
-            if segment.exchange is not None:
-                engine.inject(
-                    row, segment.exchange, injected(adapter, engine.plan.exchanges[segment.exchange], torch.from_numpy(values)).numpy()
-                )
+            exchange = engine.plan.exchanges[segment.exchange]
+            engine.inject(row, segment.exchange, injected(adapter, exchange, torch.from_numpy(values)).numpy())
         engine.run(segment.index, rows)
     for (talk, count), row in zip(batch, rows, strict=True):
         talk.exits.append(torch.from_numpy(engine.exit(row, count)).clone())
         talk.done += count
 
 
-def new_talk(engine: Engine, entry: Tensor) -> Talk:
+def new_talk(engine: Engine, entry: Tensor, injection: Tensor | None = None) -> Talk:
     slot = engine.pool.take()
     assert slot is not None
-    return Talk(entry, slot)
+    return Talk(entry, slot, injection)
 
 
-def alone(engine: Engine, adapter: Adapter, entry: Tensor) -> Tensor:
+def alone(engine: Engine, adapter: Adapter, entry: Tensor, injection: Tensor | None = None) -> Tensor:
     """The exit of one session with nobody beside it, in one step."""
-    talk = new_talk(engine, entry)
+    talk = new_talk(engine, entry, injection)
     engine_step(engine, adapter, [(talk, len(entry))])
     engine.pool.give_back(talk.slot)
     return talk.exit
 
 
+@dataclass
+class Batched:
+    """An engine, and what devices send to it: table [V, H] and injection table [V, I] stand for entries of any content."""
+
+    engine: Engine
+    adapter: Adapter
+    table: Tensor
+    injections: Tensor | None = None
+
+
+@pytest.fixture
+def batched(request: pytest.FixtureRequest) -> Batched:
+    """By name: an export, or a plan of PLANS on a model that is neither compiled nor written."""
+    if request.param in PLANS:
+        base, adapter = tiny(request.param)
+        table = base.model.model.embed_tokens.weight
+        held = adapter.config.plan.entry_exchange
+        injections = injected(adapter, held, entry_compressed(base, adapter, table)) if held else None
+        return Batched(EagerEngine(base, adapter, slots=8), adapter, table, injections)
+    made: Made = request.getfixturevalue(request.param)
+    return Batched(Engine(made.out / "cloud", KV_BYTES), made.adapter, oracle(made).model.model.embed_tokens.weight.detach())
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", ["made", "windowed"])
-def test_ragged_batches_equal_single_rows(name: str, seed: int, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("batched", ["made", "windowed", *PLANS], indirect=True)
+def test_ragged_batches_equal_single_rows(batched: Batched, seed: int) -> None:
     """2 to 5 sessions per step with other lengths, counts and slots; some end and their slots pass to newcomers."""
-    made: Made = request.getfixturevalue(name)
-    table = oracle(made).model.model.embed_tokens.weight.detach()
-    engine = Engine(made.out / "cloud", KV_BYTES)
+    engine, adapter, table = batched.engine, batched.adapter, batched.table
     generator = torch.Generator().manual_seed(seed)
 
     def pick(first: int, last: int) -> int:
         return int(torch.randint(first, last + 1, (1,), generator=generator))
 
-    entries = [table[probe(len(table), pick(1, 24), seed=100 * seed + i)] for i in range(9)]
-    waiting = list(enumerate(entries))
+    said = [torch.tensor(probe(len(table), pick(1, 24), seed=100 * seed + i)) for i in range(9)]
+    sent = [(table[ids], None if batched.injections is None else batched.injections[ids]) for ids in said]
+    waiting = list(enumerate(sent))
     running: dict[int, Talk] = {}
     finished: dict[int, Tensor] = {}
     widths = set()
     for _ in range(200):
         while waiting and len(running) < 5:
-            index, entry = waiting.pop(0)
-            running[index] = new_talk(engine, entry)
+            index, own = waiting.pop(0)
+            running[index] = new_talk(engine, *own)
         if not running:
             break
         names = sorted(running)
         chosen = [names[i] for i in torch.randperm(len(names), generator=generator)[: pick(min(2, len(names)), len(names))]]
         widths.add(len(chosen))
-        engine_step(engine, made.adapter, [(running[i], min(pick(1, 6), len(running[i].entry) - running[i].done)) for i in chosen])
+        engine_step(engine, adapter, [(running[i], min(pick(1, 6), len(running[i].entry) - running[i].done)) for i in chosen])
         for i in chosen:
             if running[i].done == len(running[i].entry):
                 finished[i] = running[i].exit
                 engine.pool.give_back(running.pop(i).slot)
     assert sorted(finished) == list(range(9))
     assert {2, 5} <= widths
-    for i, entry in enumerate(entries):
-        assert error(finished[i], alone(engine, made.adapter, entry)) < TOLERANCE
+    for i, own in enumerate(sent):
+        assert error(finished[i], alone(engine, adapter, *own)) < TOLERANCE
+    if batched.injections is not None:  # the control: whose injection is whose matters
+        swapped = [alone(engine, adapter, sent[i][0], sent[i][1].flip(0) + 1) for i in range(9)]
+        assert all(error(finished[i], swapped[i]) > 10 * TOLERANCE for i in range(9))
 
 
 def test_truncated_tokens_are_overwritten(windowed: Made) -> None:
@@ -331,5 +376,5 @@ def test_sixteen_bit_exports_verify_and_say_how_close(dtype: str, edge_dtype: st
     assert max(report["errors"].values()) <= report["tolerance"]
     assert read_manifest(CloudManifest, made.out / "cloud").dtype == dtype
     engine = Engine(made.out / "cloud", KV_BYTES)
-    weights = [weight for segment in engine.graph.segments.children() for weight in (segment.down, segment.first.qkv)]
+    weights = [weight for segment in engine.graph.segments.children() for weight in (segment.down, segment.first.qkv.weight)]
     assert {weight.dtype for weight in weights} == {engine.dtype} == {engine.pool.keys[0].dtype}

@@ -19,10 +19,11 @@ from safetensors.numpy import save_file
 
 import plora.export.export as exporter
 import plora.export.halves as halves
+from plora.artifact.edge_layout import graph_names
 from plora.artifact.errors import DamagedFile, ManifestError, MissingFile, UsageError, VerificationError, WrongPair
 from plora.artifact.hashes import record_files
-from plora.artifact.manifest import MANIFEST, read_json, write_json
-from plora.artifact.names import CHAT_TEMPLATE, CLOUD_GRAPH, CORES, HEAD_TABLE, OPERATORS, TABLE, TOKENIZER, core_name
+from plora.artifact.manifest import FORMAT_VERSION, MANIFEST, read_json, write_json
+from plora.artifact.names import CHAT_TEMPLATE, CLOUD_GRAPH, CORES, ENTRY_DOWN, HEAD_TABLE, LAYERS, OPERATORS, TABLE, TOKENIZER, core_name
 from plora.cloud_server.engine import Engine
 from plora.device_runtime import open_session
 from plora.device_runtime.edge import Edge
@@ -31,9 +32,10 @@ from plora.export.export import export
 from plora.export.persona import export_cores
 from plora.export.reference import REFERENCE
 from plora.export.verify import verify
-from plora.models.adapter import Adapter, merge, read_adapter, write_adapter
+from plora.models.adapter import Adapter, read_adapter, write_adapter
 from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base
+from plora.models.formula import merge
 
 from .conftest import TEXTS, Made, answer, command, greedy, make_export, oracle, tuned
 
@@ -115,7 +117,7 @@ def test_edge_graphs_hold_neither_table_nor_cores(made: Made) -> None:
 
 def test_onnx_graphs_pass_the_checker_and_have_no_external_data(made: Made) -> None:
     graphs = sorted((made.out / "edge").glob("*.onnx"))
-    assert [path.stem for path in graphs] == ["cores", "embedding", "head"]
+    assert len(graphs) == 3
     for path in graphs:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(model, full_check=True)
@@ -124,6 +126,38 @@ def test_onnx_graphs_pass_the_checker_and_have_no_external_data(made: Made) -> N
     operators = (made.out / "edge" / OPERATORS).read_text()
     assert "Gather" in operators
     assert "Gemm" in operators
+
+
+def test_files_of_the_edge_half_follow_from_the_plan(made: Made, layered: Made) -> None:
+    """No graph that the plan does not need; and a runtime for phones is built with what the graphs say that they need."""
+    for each, graphs, others in (
+        (made, {"embedding", "head", "cores"}, set()),
+        (layered, {"embedding", "head", "entry", "layer"}, {ENTRY_DOWN, LAYERS}),
+    ):
+        plan, edge = each.adapter.config.plan, each.out / "edge"
+        assert set(graph_names(plan, oracle(each).shape)) == graphs
+        for kind in ("onnx", "ort"):
+            assert {path.stem for path in edge.glob(f"*.{kind}")} == graphs
+        assert {ENTRY_DOWN, LAYERS} & set(files(edge)) == others
+        assert set(read_json(edge / MANIFEST)["files"]) == set(files(edge)) - {MANIFEST}
+        for graph in graphs:
+            model = onnx.load(edge / f"{graph}.onnx")
+            onnx.checker.check_model(model, full_check=True)
+            domains = {node.domain for node in model.graph.node}
+            assert domains == {opset.domain for opset in model.opset_import} == ({"", "com.microsoft"} if graph == "layer" else {""})
+        assert ("GroupQueryAttention" in (edge / OPERATORS).read_text()) == ("layer" in graphs)
+
+
+def test_device_layers_are_on_the_device_alone(layered: Made) -> None:
+    """Rows of the weights of each layer: of the device's in the edge half, of the others in the cloud half."""
+    layers = oracle(layered).model.model.layers
+    for index, layer in enumerate(layers):
+        weights = (layer.self_attn.q_proj.weight, layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)
+        needles = {"rows": [row[:16].numpy().tobytes() for weight in weights for row in weight[:2].detach()]}
+        on_device = index in layered.adapter.config.plan.device_layers
+        assert bool(occurring(layered.out / "edge", needles)) == on_device
+        assert bool(occurring(layered.out / "cloud", needles)) == (not on_device)
+    assert occurring(layered.out / "cloud", private_bytes(oracle(layered), layered.adapter)) == set()
 
 
 def test_same_input_same_bytes(made: Made, again: Path) -> None:
@@ -219,7 +253,7 @@ def test_an_edited_manifest_is_noticed(copy: Path) -> None:
         {"contract_hash": "0" * 64},
         {"dtype": "fp12"},
         {"tied": 1},
-        {"version": 2},
+        {"version": FORMAT_VERSION + 1},
         {"surprise": None},
     ):
         write_json(path, {**manifest, **damage})
@@ -273,7 +307,7 @@ def edit_tokenizer(half: Path) -> None:
     ("half", "name", "edit", "tensor"),
     [
         ("edge", CORES, edit_core, "injection.1 differs"),
-        ("edge", TABLE, edit_floats(TABLE), "entry differs"),
+        ("edge", TABLE, edit_floats(TABLE), "embedded differs"),
         ("edge", HEAD_TABLE, edit_floats(HEAD_TABLE), "logits differs"),
         ("cloud", CLOUD_GRAPH, edit_weight, r"(compressed|injection)\.\d differs|exit differs"),
         ("edge", TOKENIZER, edit_tokenizer, None),
@@ -291,6 +325,23 @@ def test_what_hashes_cannot_notice_the_tensors_do(
     else:
         with pytest.raises(VerificationError, match=tensor):
             verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"), [(LAYERS, "entry differs"), (ENTRY_DOWN, r"injection\.-1 differs"), (CORES, r"injection\.-1 differs")]
+)
+def test_damage_to_the_devices_own_part_is_noticed(name: str, tensor: str, layered: Made, tmp_path: Path) -> None:
+    """As above, for what only a plan with device layers or an entry source has."""
+    edge = Path(shutil.copytree(layered.out, tmp_path / "copy")) / "edge"
+    if name == CORES:
+        with safe_open(edge / CORES, framework="np") as file:
+            metadata, cores = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file({core: values + np.float32(0.02) for core, values in cores.items()}, edge / CORES, metadata)
+    else:
+        edit_floats(name)(edge)
+    rewrite_record(edge, name)
+    with pytest.raises(VerificationError, match=tensor):
+        verify(tmp_path / "copy")
 
 
 def test_a_wrong_ort_graph_is_noticed(copy: Path) -> None:
@@ -324,7 +375,8 @@ def test_the_record_is_needed_and_compared(copy: Path) -> None:
 
 def test_report_says_what_was_compared(made: Made) -> None:
     report = json.loads((made.out / "verification" / "report.json").read_text())
-    assert set(report["errors"]) == {"entry", "exit", "logits", *(f"{kind}.{i}" for kind in ("compressed", "injection") for i in range(3))}
+    exchanged = {f"{kind}.{i}" for kind in ("compressed", "injection") for i in range(3)}
+    assert set(report["errors"]) == {"embedded", "entry", *exchanged, "exit", "residual", "logits"}
     assert report["tolerance"] == 1e-4
     assert max(report["errors"].values()) < 1e-5
     assert report["greedy_equal"] == report["greedy_tokens"] == 24

@@ -9,7 +9,7 @@ import torch
 
 from plora.artifact import paper_plan
 from plora.device_runtime import open_session
-from plora.models.adapter import merge
+from plora.models.formula import merge
 
 from .conftest import FAMILIES, cloud, make_export, oracle
 
@@ -20,7 +20,7 @@ PROMPTS = ("the quick brown fox", "what is the capital of", "naïve café 12345,
 @pytest.mark.parametrize(("separate", "kind"), [(False, "random"), (True, "svd")], ids=["shared-random", "separate-svd"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_merged_weights(family: str, separate: bool, kind: str, tmp_path: Path) -> None:
-    made = make_export(tmp_path, family, lambda layers: paper_plan(layers, 5, separate=separate), kind)
+    made = make_export(tmp_path, family, lambda layers: paper_plan(layers, 5, separate=separate), kind, verified=not separate)
     base = oracle(made)
     merge(base.model, made.adapter)
     with cloud(made.out / "cloud") as (address, _), open_session(made.out / "edge", address) as session:

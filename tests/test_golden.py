@@ -55,7 +55,9 @@ class Replay:
             "welcome": lambda: cloud.welcome(
                 Terms(self.dtype, message.context_tokens, message.step_tokens, message.idle_millis, message.session)
             ),
-            "entry": lambda: device.entry(self.floats(message.hidden), message.exit_rows),
+            "entry": lambda: device.entry(
+                self.floats(message.hidden), message.exit_rows, self.floats(message.injection) if message.HasField("injection") else None
+            ),
             "compressed": lambda: cloud.compressed(self.floats(message.tensor)),
             "injections": lambda: device.injections(self.floats(message.tensor)),
             "exit": lambda: cloud.exit(
@@ -76,7 +78,7 @@ class Replay:
 def check_event(event: Any, line: Line) -> None:
     assert type(event).__name__ == line["event"]
     content = line["content"]
-    for name, shown in (("hidden", content.get("hidden")), ("values", content.get("tensor"))):
+    for name, shown in (("hidden", content.get("hidden")), ("injection", content.get("injection")), ("values", content.get("tensor"))):
         if hasattr(event, name) and shown is not None:
             np.testing.assert_allclose(getattr(event, name), shown, rtol=0, atol=10**-DECIMALS)
     for name in ("step", "position", "exit_rows", "length"):
@@ -111,6 +113,10 @@ def test_the_transcripts_show_what_they_are_for() -> None:
     _, lines = read(FOLDER / "cancel_and_truncate.jsonl")
     void = [line["kind"] for line in lines if line["event"] == "Ignored"]
     assert void == ["compressed", "exit", "compressed"]
+    _, lines = read(FOLDER / "entry_plan.jsonl")
+    entries = [line["content"] for line in lines if line["kind"] == "entry"]
+    assert [len(content["injection"]) for content in entries] == [len(content["hidden"]) for content in entries] == [4, 1, 1]
+    assert {"compressed", "injections"}.isdisjoint(line["kind"] for line in lines)
 
 
 def test_a_replay_sees_one_changed_bit() -> None:

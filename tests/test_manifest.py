@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plora.artifact import folders
-from plora.artifact.errors import ArtifactError, DamagedFile, ManifestError, MissingFile, PlanError, PloraError, UnsupportedPlan, UsageError
+from plora.artifact.errors import ArtifactError, DamagedFile, ManifestError, MissingFile, PlanError, PloraError, UsageError
 from plora.artifact.folders import check_new, new_file, new_folder
 from plora.artifact.hashes import FileRecord, record_files
 from plora.artifact.manifest import (
@@ -93,14 +93,15 @@ REFUSED: dict[str, tuple[Edit, type[PloraError], str]] = {
     "record without hash": (lambda m: m["files"][CLOUD_GRAPH].pop("sha256"), ManifestError, r"\.files\.cloud\.pt\.sha256: missing key"),
     "other format": (lambda m: m.update(format="plora-edge"), ManifestError, r"\.format: got 'plora-edge', expected 'plora-cloud'"),
     "no format": (lambda m: m.pop("format"), ManifestError, r"\.format: got None"),
-    "newer version": (lambda m: m.update(version=FORMAT_VERSION + 1, new_key=1), ManifestError, r"\.version: got 2, this plora reads 1"),
+    "newer version": (lambda m: m.update(version=FORMAT_VERSION + 1, new_key=1), ManifestError, r"\.version: got 3, this plora reads 2"),
+    "older version": (lambda m: m.update(version=1), ManifestError, r"\.version: got 1, this plora reads 2; export again"),
     "edited rank": (lambda m: m["contract"]["plan"]["sources"][0].update(ranks=[["shared", 7]]), ManifestError, "the manifest was edited"),
     "edited hash": (lambda m: m.update(contract_hash="0" * 64), ManifestError, r"\.contract_hash: got 0000000000000000…"),
     "edited basis": (lambda m: m["contract"].update(basis="0" * 64), ManifestError, "the manifest was edited"),
     "illegal plan": (lambda m: m["contract"]["plan"]["sources"].pop(), PlanError, "layer 2 has source 2, which is not among"),
     "plan of another model": (lambda m: m["contract"]["shape"].update(layers=4), PlanError, "the plan is for 3 layers, the model has 4"),
-    "plan that does not run": (
-        lambda m: m["contract"]["plan"]["sources"][0].update(on_device=True), UnsupportedPlan, "source 0 is on the device"
+    "A on the device that cannot be there": (
+        lambda m: m["contract"]["plan"]["sources"][1].update(on_device=True), PlanError, "source 1 is on the device, but only .* layer 0"
     ),
 }  # fmt: skip
 

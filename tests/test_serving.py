@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+import re
 import shutil
 import signal
 import socket
@@ -29,8 +30,8 @@ from plora.cloud_server.service import Limits
 from plora.device_runtime import PrivateSession, open_session
 from plora.device_runtime.edge import Edge
 from plora.device_runtime.text import Text
-from plora.models.adapter import merge
 from plora.models.checkpoint import Base
+from plora.models.formula import adapted, merge
 from plora.protocol import plora_pb2 as pb
 from plora.protocol.events import CompressedArrived, Opened, StepDone
 from plora.protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE
@@ -438,6 +439,52 @@ def test_hostile_frames_get_the_right_fault_and_disturb_nobody(made: Made, merge
                 assert pb.FaultCode.Name(frame.fault.code) == pb.FaultCode.Name(code), f"{name}: {frame.fault.detail}"
                 assert frame.fault.detail, name
                 assert answer(session, ids, 12) == expected, name
+
+
+def test_a_hostile_injection_at_the_entry_is_refused_by_name(layered: Made) -> None:
+    """Where the plan wants one. Another session talks on through all of it; and a good one is taken, which is the control."""
+    machine = machine_of(layered)
+    held = machine.plan.entry_exchange
+    assert held is not None
+    columns = held.injection_columns
+
+    def frame(rows: int = 2, columns: int = columns, value: float = 1.0, dtype: int = pb.FP32, data: bytes | None = None) -> pb.Frame:
+        made = entry(machine)
+        values = np.full((rows, columns), value, "<f4")
+        made.entry.injection.CopyFrom(pb.Tensor(dtype=dtype, rows=rows, columns=columns, data=values.tobytes() if data is None else data))  # type: ignore[arg-type]
+        return made
+
+    attacks = {
+        "missing": (entry(machine), "the plan has injections at the entry"),
+        "empty": (frame(0, 0), rf"shape \[0, 0\], expected \[2, {columns}\]"),
+        "too wide": (frame(columns=columns + 1), rf"shape \[2, {columns + 1}\], expected \[2, {columns}\]"),
+        "too narrow": (frame(columns=columns - 1), rf"shape \[2, {columns - 1}\]"),
+        "for fewer tokens": (frame(rows=1), rf"shape \[1, {columns}\], expected \[2, {columns}\]"),
+        "fewer bytes than it says": (frame(data=bytes(4)), f"4 bytes, expected {8 * columns}"),
+        "2³² - 1 columns": (frame(columns=0, data=b""), "shape"),
+        "NaN": (frame(value=float("nan")), "not finite"),
+        "infinity": (frame(value=float("inf")), "not finite"),
+        "another dtype": (frame(dtype=pb.FP16), "dtype fp16, expected fp32"),
+    }
+    attacks["2³² - 1 columns"][0].entry.injection.columns = 2**32 - 1
+    base = oracle(layered)
+    with adapted(base.model, layered.adapter):
+        expected = greedy(base, [5, 6, 7], 12)
+    with cloud(layered.out / "cloud") as (address, _), open_session(layered.out / "edge", address) as session:
+        for name, (attacking, detail) in attacks.items():
+            told = asyncio.run(attack(address, machine, attacking.SerializeToString(), greeted=True))
+            assert (told.WhichOneof("kind"), told.fault.code) == ("fault", pb.BAD_TENSOR), name
+            assert re.search(f"step 1, entry.*{detail}", told.fault.detail), f"{name}: {told.fault.detail}"
+            assert answer(session, [5, 6, 7], 12) == expected, name
+
+        async def good() -> pb.Frame:
+            async with raw(address) as call:
+                await call.write(hello(machine))
+                await call.read()
+                await call.write(frame().SerializeToString())
+                return pb.Frame.FromString(await call.read())
+
+        assert asyncio.run(good()).WhichOneof("kind") == "exit"
 
 
 def test_a_message_over_the_limit_ends_its_own_stream_only(made: Made, merged: Base, served: str) -> None:

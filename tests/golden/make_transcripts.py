@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import Message
 
-from plora.artifact import DecoderShape, ExchangePlan, Rope, grouped_plan, paper_plan
+from plora.artifact import DecoderShape, ExchangePlan, Rope, entry_plan, grouped_plan, paper_plan
 from plora.artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract
 from plora.artifact.strict import plain
 from plora.protocol import MINOR, Loopback, Terms, tensors
@@ -91,7 +91,10 @@ class Recording:
         self.cloud(self.wire.cloud.welcome(Terms(self.dtype, 16, step_tokens, 60_000, SESSION)))
 
     def entry(self, tokens: int, exit_rows: int) -> None:
-        self.device(self.wire.device.entry(self.new(tokens, self.contract.shape.hidden), exit_rows))
+        held = self.contract.plan.entry_exchange
+        hidden = self.new(tokens, self.contract.shape.hidden)
+        injection = self.new(tokens, held.injection_columns) if held else None
+        self.device(self.wire.device.entry(hidden, exit_rows, injection))
 
     def compressed(self) -> bytes:
         machine = self.wire.cloud
@@ -186,7 +189,24 @@ def record_cancel_and_truncate() -> Recording:
     return recording
 
 
-RECORDINGS = {"paper_plan.jsonl": record_paper_plan, "cancel_and_truncate.jsonl": record_cancel_and_truncate}
+def record_entry_plan() -> Recording:
+    """One round trip per token: a shared injection of three values goes with each entry; layers 0 and 3 run on the device, so every
+    token's row of the exit is wanted; bf16."""
+    recording = Recording(contract_of(entry_plan(4, 1, 2, ("q", "down"), shared_injection=3, back_layers=1)), "bf16")
+    recording.open(step_tokens=8)
+    recording.step(4, 4)
+    recording.step(1, 1)
+    recording.device(recording.wire.device.truncate(4))
+    recording.step(1, 1)
+    recording.close()
+    return recording
+
+
+RECORDINGS = {
+    "paper_plan.jsonl": record_paper_plan,
+    "cancel_and_truncate.jsonl": record_cancel_and_truncate,
+    "entry_plan.jsonl": record_entry_plan,
+}
 
 
 def write(folder: Path) -> None:

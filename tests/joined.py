@@ -1,0 +1,278 @@
+"""The unsplit model, tensor by tensor; and both halves built from parts and joined without a network, for tests that make many."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from plora.artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_files
+from plora.artifact.manifest import FORMAT_VERSION, FORMATS, MANIFEST, EdgeManifest, write_json
+from plora.artifact.names import CORES, ENTRY_DOWN, HEAD_TABLE, LAYERS, TABLE
+from plora.cloud_server.cache import Pool
+from plora.cloud_server.engine import Calls, Engine
+from plora.cloud_server.service import Limits, Service
+from plora.device_runtime.edge import Edge
+from plora.device_runtime.stepper import Stepper
+from plora.device_runtime.transport import Deadlines, Interrupted
+from plora.export.cloud_build import build_cloud_graph
+from plora.export.edge_files import TABLE_DTYPES, write_entry_down, write_layers, write_table
+from plora.export.edge_graphs import write_graphs
+from plora.export.ort_files import write_ort_files
+from plora.models.adapter import Adapter, replace_cores, write_cores
+from plora.models.checkpoint import Base, Source, decoder_shape, is_tied
+from plora.models.formula import adapted
+from plora.protocol import plora_pb2 as pb
+from plora.protocol import tensors
+
+from .conftest import FAMILIES, SMALL
+from .strategies import Act
+
+VOCABULARY = 40
+CONTEXT = 64
+LEAST_SCALE = 0.1
+"""What a tensor's error is relative to where all of its values are smaller: a lone one near zero is a difference of larger ones."""
+
+
+def error(got: Any, expected: Any) -> float:
+    """Largest difference over the largest value."""
+    got, expected = (torch.as_tensor(np.asarray(tensor)) for tensor in (got, expected))
+    assert got.shape == expected.shape
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-9)) if got.numel() else 0.0
+
+
+def perturbed(adapter: Adapter, name: str) -> Adapter:
+    """`adapter` with one core plainly wrong."""
+    core = adapter.cores[name]
+    signs = torch.randn(core.shape, generator=torch.Generator().manual_seed(9)).sign()
+    return replace_cores(adapter, {**adapter.cores, name: core + 3 * signs})
+
+
+# The unsplit model
+
+
+@dataclass
+class Unsplit:
+    """What transformers computes with the adapter hooked in. hidden: what each layer reads and, last, the final norm [T, H];
+    compressed, injection: [T, C] and [T, I] by exchange, -1 the entry's; logits: [T, V]."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    compressed: dict[int, Tensor] = field(default_factory=dict)
+    injection: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def crossing(self, adapter: Adapter) -> dict[str, Tensor]:
+        """What of it crosses the wire, and the residual before the final norm, by the names of the verification's report."""
+        plan = adapter.config.plan
+        crossing = {"entry": self.hidden[plan.front_layers], "exit": self.hidden[plan.layers - plan.back_layers]}
+        crossing |= {f"compressed.{exchange.index}": self.compressed[exchange.index] for exchange in plan.exchanges}
+        crossing |= {f"injection.{exchange.index}": self.injection[exchange.index] for exchange in plan.all_exchanges}
+        return {**crossing, "residual": self.hidden[-1]}
+
+
+@torch.no_grad()
+def unsplit(base: Base, adapter: Adapter, ids: list[int]) -> Unsplit:
+    model, seen, plan = base.model, Unsplit(), adapter.config.plan
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: seen.hidden.append(inputs[0][0].clone()))
+        for module in (*model.model.layers, model.model.norm)
+    ]
+    with adapted(model, adapter) as cores:
+        seen.logits = model(torch.tensor([ids])).logits[0]
+        for exchange in plan.all_exchanges:
+            names = [name for name, _ in plan.source(exchange.source).ranks]
+            seen.compressed[exchange.index] = torch.cat([cores.compressed[exchange.source, name][0] for name in names], -1)
+            seen.injection[exchange.index] = cores.injection(exchange)[0]
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def tiny_base(family: str, seed: int = 0, **overrides: Any) -> Base:
+    """A random model of `family` in memory: no file, no tokenizer, a vocabulary of VOCABULARY."""
+    name, extra = FAMILIES[family]
+    settings = {**SMALL, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "eos_token_id": 0, "bos_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(**{**settings, **extra, **overrides}, attn_implementation="sdpa")
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or parameter_name.endswith("bias"):
+            parameter += torch.randn_like(parameter) * 0.1  # ones and zeros would hide a forgotten weight
+    return Base(family, decoder_shape(model), model, "ba5e" * 16, Source("nowhere", None))
+
+
+def contract_of(base: Base, adapter: Adapter) -> Contract:
+    return Contract(PROTOCOL_MAJOR, adapter.config.plan, base.shape, adapter.config.basis, base.fingerprint, EXIT_CONVENTION)
+
+
+# The halves
+
+
+def write_edge_half(folder: Path, base: Base, adapter: Adapter, dtype: str = "fp32", ort: bool = False) -> Path:
+    """The edge half as export writes it, without its texts, and without `.ort` graphs unless asked for. Leaves the model whole."""
+    plan, model = adapter.config.plan, base.model
+    folder.mkdir(parents=True, exist_ok=True)
+    graphs = write_graphs(folder, plan, base.shape, model.model.norm.weight.float().numpy(), dtype)
+    names = [f"{graph}.onnx" for graph in graphs] + (write_ort_files(folder, graphs) if ort else [])
+    write_table(model.model.embed_tokens.weight, folder / TABLE, TABLE_DTYPES[dtype])
+    names.append(TABLE)
+    if not is_tied(model):
+        write_table(model.lm_head.weight, folder / HEAD_TABLE, TABLE_DTYPES[dtype])
+        names.append(HEAD_TABLE)
+    if plan.device_layers:
+        write_layers(model, plan, base.shape, folder / LAYERS, TABLE_DTYPES[dtype])
+        names.append(LAYERS)
+    if plan.entry_exchange:
+        write_entry_down(model, adapter, folder / ENTRY_DOWN)
+        names.append(ENTRY_DOWN)
+    write_cores(adapter, folder / CORES)
+    contract = contract_of(base, adapter)
+    files = record_files(folder, [*names, CORES])
+    manifest = EdgeManifest(FORMATS[EdgeManifest], FORMAT_VERSION, "tests", contract.hash, contract, dtype, is_tied(model), files)
+    write_json(folder / MANIFEST, manifest)
+    return folder
+
+
+class EagerEngine(Engine):
+    """The engine on a graph that was neither compiled nor written; it consumes the model's layers."""
+
+    def __init__(self, base: Base, adapter: Adapter, slots: int = 2) -> None:
+        self.contract = contract_of(base, adapter)
+        self.plan, self.shape, self.dtype = self.contract.plan, base.shape, torch.float32
+        self.step_tokens = CONTEXT
+        budget = slots * CONTEXT * base.shape.kv_bytes_per_token("fp32", self.plan.cloud_layers)
+        self.pool = Pool(base.shape, self.plan.cloud_layers, CONTEXT, budget, self.dtype, "fp32")
+        self.layer_bytes = 0  # so small that everything runs on the event loop
+        self.graph = build_cloud_graph(base.model, base.shape, adapter)
+        own = [self.plan.cache_of(segment) for segment in self.plan.segments]
+        self.keys, self.values = [self.pool.keys[part] for part in own], [self.pool.values[part] for part in own]
+        segments: Iterator[Any] = self.graph.segments.children()
+        self.calls = [Calls(each.open, each.ahead, each.forward, each.through) for each in segments]
+
+
+# Joined
+
+
+class Wire:
+    """Stands in for the device's transport and the cloud's stream: frames go across in this process, and are kept."""
+
+    address = "this process"
+    deadlines = Deadlines()
+
+    def __init__(self) -> None:
+        self.going_up: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.going_down: asyncio.Queue[bytes] = asyncio.Queue()
+        self.up: list[bytes] = []
+        self.down: list[bytes] = []
+        self.interrupted = False
+        self.frames_left: int | None = None
+
+    async def send(self, data: bytes) -> None:
+        self.up.append(data)
+        self.going_up.put_nowait(data)
+
+    async def receive(self) -> bytes:
+        if self.frames_left == 0:
+            self.frames_left = None
+            raise Interrupted
+        self.down.append(await self.going_down.get())
+        if self.frames_left is not None:
+            self.frames_left -= 1
+        return self.down[-1]
+
+    async def close(self) -> None:
+        self.going_up.put_nowait(None)
+
+    async def read(self) -> bytes | None:
+        return await self.going_up.get()
+
+    async def write(self, data: bytes) -> None:
+        self.going_down.put_nowait(data)
+
+
+@contextmanager
+def service_of(engine: Engine) -> Iterator[Service]:
+    service = Service(engine, Limits())
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+class Talk:
+    """One session of an edge half and a service, and what crossed for the tokens that are cached now.
+
+    rows: by the names of the report, one row per token, NaN where none came back.
+    """
+
+    def __init__(self, edge: Edge, service: Service, dtype: str = "fp32") -> None:
+        self.wire, self.plan = Wire(), edge.plan
+        self.stepper = Stepper(edge, self.wire, dtype)  # type: ignore[arg-type]
+        self.dtype = dtype
+        self.serving = asyncio.create_task(service.exchange(None, self.wire))
+        self.ids: list[int] = []
+        self.rows: dict[str, np.ndarray] = {}
+
+    async def act(self, act: Act, ids: list[int]) -> None:
+        """One act of a person, who says `ids`."""
+        keep = len(self.ids) * act.keep // 1000
+        if keep < len(self.ids):
+            await self.stepper.truncate(keep)
+            self.ids, self.rows = self.ids[:keep], {name: rows[:keep] for name, rows in self.rows.items()}
+        sent, arrived = len(self.wire.up), len(self.wire.down)
+        wanted = min(act.exit_rows, len(ids))
+        self.wire.frames_left = act.interrupted_after
+        try:
+            residual = await self.stepper.step(ids, wanted)
+        except Interrupted:
+            await self.stepper.cancel()
+            assert self.stepper.machine.length == len(self.ids)
+            return
+        self.wire.frames_left = None
+        frames = self.wire.up[sent:], self.wire.down[arrived:]
+        assert [len(way) for way in frames] == [self.plan.round_trips] * 2
+        self.ids = self.ids + ids
+        for name, rows in {**tensors_in(frames[0] + frames[1], self.dtype), "residual": residual}.items():
+            seen = self.rows.get(name, np.zeros((0, rows.shape[1]), np.float32))
+            missing = np.full((len(self.ids) - len(seen) - len(rows), rows.shape[1]), np.nan, np.float32)
+            self.rows[name] = np.concatenate([seen, missing, rows])
+
+    def error(self, name: str, expected: Tensor) -> float:
+        """Of what crossed under this name, against all tokens' rows [T, N]."""
+        got = self.rows.get(name, np.zeros((0, expected.shape[1]), np.float32))
+        there = ~np.isnan(got).any(1)
+        there = np.concatenate([there, np.zeros(len(expected) - len(got), bool)])
+        return float(
+            np.abs(got[there[: len(got)]] - expected.numpy()[there]).max(initial=0.0) / expected.abs().max().clamp_min(LEAST_SCALE)
+        )
+
+    async def close(self) -> None:
+        await self.stepper.close()
+        await self.serving
+
+
+def tensors_in(frames: list[bytes], dtype: str) -> dict[str, np.ndarray]:
+    """The tensors in the frames of one step, by the names of the report."""
+    found: dict[str, pb.Tensor] = {}
+    for data in frames:
+        frame = pb.Frame.FromString(data)
+        kind = frame.WhichOneof("kind")
+        if kind == "entry":
+            found["entry"] = frame.entry.hidden
+            if frame.entry.HasField("injection"):
+                found["injection.-1"] = frame.entry.injection
+        elif kind == "compressed":
+            found[f"compressed.{frame.compressed.exchange}"] = frame.compressed.tensor
+        elif kind == "injections":
+            found[f"injection.{frame.injections.exchange}"] = frame.injections.tensor
+        elif kind == "exit" and frame.exit.HasField("hidden"):
+            found["exit"] = frame.exit.hidden
+    return {name: tensors.decode(tensor, dtype, tensor.rows, tensor.columns, name) for name, tensor in found.items()}
