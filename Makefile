@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 CODE := artifact protocol models export cloud_server device_runtime tests bench tools examples
 
-.PHONY: install demo test test-all test-wheel check format generate bench clean
+.PHONY: install demo test test-all test-wheel check format generate bench bench-privacy bench-recall persona clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,18 @@ generate: install
 
 bench: install
 	$(BIN)/python -m bench.run
+
+# What the cloud can read under each plan: docs/results/privacy.json
+bench-privacy: install
+	$(BIN)/python -m bench.privacy
+
+# What the demo's persona says of 30 facts, asked in new words: docs/results/recall.json
+bench-recall: install
+	$(BIN)/python -m bench.recall
+
+# Makes the demo's adapter anew, with the settings that docs/tuning.md speaks of.
+persona: install
+	$(BIN)/python examples/tune_persona.py
 
 clean:
 	rm -rf $(VENV) .venv-device .venv-cloud build dist out *.egg-info

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from plora.artifact.cost import tokens_per_second
+from plora.artifact.manifest import EdgeManifest, read_manifest
+from plora.artifact.plans import paper_plan
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 ADAPTER = ROOT / "examples" / "persona" / "adapter"
@@ -43,16 +47,22 @@ def main() -> None:
             print("   private  ", end="", flush=True)
             answer = stream(address, question)
             print()
-        stats = answer["stats"]
-        print(
-            f"\n   first token {stats['ttft_seconds']:.2f} s, {stats['tokens_per_second']:.1f} tokens/s, per token "
-            f"{stats['bytes_up_per_token']:,.0f} bytes up, {stats['bytes_down_per_token']:,.0f} down, "
-            f"{stats['round_trips_per_token']:.0f} round trips"
-        )
-        wire = stats["round_trips_per_token"] * RTT_MILLIS / 1000
-        print(
-            f"   That was loopback. At {RTT_MILLIS} ms of round trip the paper's plan waits {wire:.2f} s per token for the network alone."
-        )
+        print("\n" + figures(answer["stats"]))
+
+
+def figures(stats: dict[str, float]) -> str:
+    """What the last answer cost, and what the same compute would give at RTT_MILLIS: under this plan, and under the paper's."""
+    plan = read_manifest(EdgeManifest, OUT / "edge").contract.plan
+    paper = paper_plan(plan.layers, 64)
+    compute = 1000 / stats["tokens_per_second"]
+    return (
+        f"   first token {stats['ttft_seconds']:.2f} s, {stats['tokens_per_second']:.1f} tokens/s; per token "
+        f"{stats['bytes_up_per_token']:,.0f} bytes up, {stats['bytes_down_per_token']:,.0f} down, "
+        f"{stats['round_trips_per_token']:.0f} round trip\n"
+        f"   That was loopback. At {RTT_MILLIS} ms of round trip the same compute gives "
+        f"{tokens_per_second(plan, RTT_MILLIS, compute):.1f} tokens/s; under the paper's plan, with {paper.round_trips} round trips per "
+        f"token, {tokens_per_second(paper, RTT_MILLIS, compute):.1f} (predicted)."
+    )
 
 
 @contextmanager
