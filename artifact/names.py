@@ -41,7 +41,7 @@ def shared_core_name(source: int) -> str:
 
 
 def expand_name(source: int) -> str:
-    """The frozen matrix `[I, k]` that expands a shared injection of k values, in basis.safetensors."""
+    """P of a shared injection, in basis.safetensors, as `[2, I]`: which of the k values each column reads, and its sign."""
     return f"sources.{source}.expand"
 
 

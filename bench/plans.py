@@ -20,7 +20,7 @@ PLANS = {
     "grouped": PlanChoice("grouped", group=6),
     "entry, no front layer": PlanChoice("entry"),
     "entry, each core its own": PlanChoice("entry", front_layers=4),
-    "entry": PlanChoice("entry", front_layers=4, shared_injection=512),
+    "entry": PlanChoice("entry", front_layers=4, shared_injection=2048),
 }
 """Rank 64; all seven targets but for the paper's plan, which adapts q, k and v. "entry" is the demo's."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ROOT / "examples" / "persona"
-FLAGS = ("--plan", "entry", "--front-layers", "4", "--rank", "64", "--learning-rate", "4e-3", "--epochs", "4", "--replace")
+FLAGS = ("--plan", "entry", "--front-layers", "4", "--rank", "64", "--shared-injection", "2048", "--epochs", "6", "--replace")
 
 
 def main() -> None:

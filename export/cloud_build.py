@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifact.names import down_name, expand_name, up_name
+from ..artifact.names import down_name, up_name
 from ..artifact.plan import ExchangePlan, Segment
 from ..artifact.shape import DecoderShape
-from ..models.adapter import Adapter
+from ..models.adapter import Adapter, expansion
 from ..models.formula import target_projection
 from .cloud_graph import FIRST_MASK, CloudGraph, Expansion, Layer, Projection, SegmentGraph, UpProjection
 from .memory import give_back, give_back_pages
@@ -36,18 +36,18 @@ def up_projections(
 
 
 def expansions(plan: ExchangePlan, segment: Segment, adapter: Adapter, dtype: torch.dtype) -> tuple[list[Expansion], dict[int, int]]:
-    """Of each of the segment's inputs: P's rows that its layers read, and the column at which they start."""
+    """Of each of the segment's inputs: the part of P that its layers read, and the column at which it starts."""
     modules, starts = [], {}
     for exchange in plan.all_exchanges:
         if exchange.index not in segment.inputs:
             continue
         starts[exchange.index] = 0
-        weight = torch.zeros(0, 0, dtype=dtype)
+        places, signs = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=dtype)
         if exchange.shared:
             own = [column for column in exchange.columns if segment.first <= column.layer < segment.stop]
             starts[exchange.index] = own[0].start
-            weight = adapter.basis[expand_name(exchange.source)][own[0].start : own[-1].stop].to(dtype).clone()
-        modules.append(Expansion(weight))
+            places, signs = (each[own[0].start : own[-1].stop].clone() for each in expansion(adapter.basis, exchange))
+        modules.append(Expansion(places, signs.to(dtype)))
     return modules, starts
 
 

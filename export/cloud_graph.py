@@ -44,15 +44,16 @@ class UpProjection(nn.Module):
 
 
 class Expansion(nn.Module):
-    """What one segment needs of an exchange's injection: P v where it is shared, else the injection itself."""
+    """What one segment needs of an exchange's injection: where it is shared, sign · value at each column's place, else all of it."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, places: Tensor, signs: Tensor) -> None:
         super().__init__()
-        self.weight = weight  # P's rows of this segment  [I, k], or empty
-        self.shared = weight.shape[0] > 0
+        self.places = places  # int64 [columns of this segment], or empty
+        self.signs = signs
+        self.shared = len(places) > 0
 
     def forward(self, injection: Tensor) -> Tensor:
-        return F.linear(injection, self.weight) if self.shared else injection
+        return injection.index_select(-1, self.places) * self.signs if self.shared else injection
 
 
 class RMSNorm(nn.Module):

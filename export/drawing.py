@@ -137,7 +137,7 @@ def injection_rows(facts: Facts, i: int | None) -> list[Row]:
     cores = ", ".join(f"{counted(each['count'], 'core')} [{each['out_rank']}, {each['rank']}]" for each in facts["cores"])
     text = f"> injection [{facts['injection']}] {facts['bytes_up'][WIRE]:,} B"
     fed = [f"feeds {layers(each['first'], each['stop'], i)}: {', '.join(each['targets'])}" for each in facts["feeds"]]
-    expanded = [f"P [{facts['expanded']}, {facts['injection']}] expands it"] if facts["expanded"] else []
+    expanded = [f"P expands it to {facts['expanded']}"] if facts["expanded"] else []
     first, *others = expanded + fed
     return [(cores, text, first), *(("", "", other) for other in others)]
 

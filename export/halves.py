@@ -17,7 +17,7 @@ from ..artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_
 from ..artifact.manifest import FORMAT_VERSION, FORMATS, MANIFEST, CloudManifest, EdgeManifest, write_json
 from ..artifact.names import CLOUD_GRAPH
 from ..artifact.shape import DecoderShape, check_fits
-from ..models.adapter import Adapter, check_base, check_shapes, expected_basis, read_adapter
+from ..models.adapter import Adapter, check_base, check_expansions, check_shapes, expected_basis, read_adapter
 from ..models.authors import read_authors_checkpoint
 from ..models.checkpoint import Base, is_tied, read_base, read_tokenizer
 from ..protocol.limits import step_tokens
@@ -66,6 +66,7 @@ def open_adapter(path: Path, shape: DecoderShape) -> Adapter:
     adapter = read_adapter(path) if path.is_dir() else read_authors_checkpoint(path, shape)
     check_fits(adapter.config.plan, shape)
     check_shapes(adapter.basis, expected_basis(adapter.config.plan, shape), str(path))
+    check_expansions(adapter.basis, adapter.config.plan, str(path))
     step_tokens(adapter.config.plan, shape)  # refuses ranks of which not even one token fits a frame
     return adapter
 

@@ -20,7 +20,7 @@ from ..artifact.folders import new_file, new_folder
 from ..artifact.hashes import hash_tensors
 from ..artifact.manifest import read_json, write_json
 from ..artifact.names import ADAPTER_CONFIG, BASIS, CORES, CORES_FORMAT, down_name, expand_name, up_name
-from ..artifact.plan import ExchangePlan
+from ..artifact.plan import Exchange, ExchangePlan
 from ..artifact.shape import DecoderShape, check_fits
 from ..artifact.strict import canonical_json, decode
 from .checkpoint import fp32_bytes
@@ -48,8 +48,8 @@ class AdapterConfig:
 
 @dataclass
 class Adapter:
-    """Tensors by file name: basis holds each A `[rank, hidden]`, B `[out, out_rank]` and, where an injection is shared, P `[I, k]`;
-    cores each M `[out_rank, rank]`; all fp32 on the CPU."""
+    """Tensors by file name: basis holds each A `[rank, hidden]`, B `[out, out_rank]` and, where an injection is shared, P as `[2, I]`
+    (expansion); cores each M `[out_rank, rank]`; all fp32 on the CPU."""
 
     config: AdapterConfig
     basis: dict[str, Tensor]
@@ -67,7 +67,7 @@ def expected_basis(plan: ExchangePlan, shape: DecoderShape) -> dict[str, tuple[i
             shapes[up_name(adapted.layer, target)] = (shape.out_features(target), out_rank)
     for exchange in plan.all_exchanges:
         if exchange.shared:
-            shapes[expand_name(exchange.source)] = (exchange.up_columns, exchange.injection_columns)
+            shapes[expand_name(exchange.source)] = (2, exchange.up_columns)
     return shapes
 
 
@@ -88,6 +88,7 @@ def make_adapter(
     """An adapter with cores of zero. Raises AdapterError or PlanError where tensors, plan and shape do not fit."""
     check_fits(plan, shape)
     check_shapes(basis, expected_basis(plan, shape), "basis")
+    check_expansions(basis, plan, "basis")
     config = AdapterConfig(ADAPTER_FORMAT, ADAPTER_VERSION, plan, scale, kind, seed, hash_basis(plan, scale, basis), base, base_name)
     cores = {name: torch.zeros(size) for name, size in expected_cores(plan).items()}
     return Adapter(config, basis, cores)
@@ -105,6 +106,24 @@ def check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, int]
             raise AdapterError(f"{what}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(size)}")
         if not torch.isfinite(tensors[name]).all():
             raise AdapterError(f"{what}: tensor {name} has values that are not finite")
+
+
+def expansion(basis: dict[str, Tensor], exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """P of a shared injection: column i of the I is sign[i] · value[place[i]]. (place int64 `[I]`, sign `[I]`)."""
+    places, signs = basis[expand_name(exchange.source)]
+    return places.long(), signs
+
+
+def check_expansions(basis: dict[str, Tensor], plan: ExchangePlan, what: str) -> None:
+    """Raises AdapterError for a place that is none of an injection's values. Shapes are checked already."""
+    for exchange in plan.all_exchanges:
+        if exchange.shared:
+            places = basis[expand_name(exchange.source)][0]
+            if not torch.equal(places, places.round()) or places.min() < 0 or places.max() >= exchange.injection_columns:
+                raise AdapterError(
+                    f"{what}: tensor {expand_name(exchange.source)} names values {places.min():g} to {places.max():g}, expected whole "
+                    f"numbers from 0 to {exchange.injection_columns - 1}"
+                )
 
 
 def check_base(adapter: Adapter, fingerprint: str, base_name: str) -> None:
@@ -130,9 +149,15 @@ def write_adapter(
         for name, text in (public or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         write_json(folder / ADAPTER_CONFIG, adapter.config)
-        save_file({name: tensor.contiguous() for name, tensor in adapter.basis.items()}, folder / BASIS)
+        save_file({name: _narrow(tensor).contiguous() for name, tensor in adapter.basis.items()}, folder / BASIS)
         shutil.copymode(folder / ADAPTER_CONFIG, folder / BASIS)  # public too; the library makes it its owner's
         write_cores(adapter, folder / CORES)
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """In half the bytes where that loses nothing."""
+    narrow = tensor.half()
+    return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
 def write_cores(adapter: Adapter, path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..artifact.errors import AdapterError
-from ..artifact.names import down_name, up_name
-from ..artifact.plan import SHARED, ExchangePlan
+from ..artifact.names import down_name, expand_name, up_name
+from ..artifact.plan import SHARED, Exchange, ExchangePlan
 from ..artifact.shape import DecoderShape, check_fits
 from .adapter import Adapter, expected_basis, make_adapter
 from .calibration import covariances, whitened_directions
@@ -25,7 +25,20 @@ def random_basis(plan: ExchangePlan, shape: DecoderShape, seed: int) -> dict[str
     """Gaussian A with variance 1/hidden and B with variance 1/out_rank (PrivateLoRA, arXiv 2311.14030, 3.1: random and
     frozen), so that compressed and injected values keep the scale of u. Same seed, same basis on every machine."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(size, generator=generator) / size[1] ** 0.5 for name, size in expected_basis(plan, shape).items()}
+    shared = {expand_name(exchange.source): exchange for exchange in plan.all_exchanges if exchange.shared}
+    return {
+        name: random_expansion(shared[name], generator) if name in shared else torch.randn(size, generator=generator) / size[1] ** 0.5
+        for name, size in expected_basis(plan, shape).items()
+    }
+
+
+def random_expansion(exchange: Exchange, generator: torch.Generator) -> Tensor:
+    """P of a shared injection: every column reads one of the k values, with a random sign; each value is read by I / k columns,
+    one more or less. Weight sharing by a random map, as in HashedNets (arXiv 1504.04788): nothing to multiply, next to nothing to keep."""
+    columns, values = exchange.up_columns, exchange.injection_columns
+    rounds = [torch.randperm(values, generator=generator) for _ in range(-(-columns // values))]
+    signs = 2.0 * torch.randint(0, 2, (columns,), generator=generator) - 1
+    return torch.stack([torch.cat(rounds)[:columns].float(), signs])
 
 
 def svd_basis(plan: ExchangePlan, base: Base, seed: int) -> dict[str, Tensor]:
@@ -108,4 +121,12 @@ def new_adapter(base: Base, plan: ExchangePlan, kind: str, scale: float, seed: i
         basis = random_basis(plan, base.shape, seed)
     else:
         basis = svd_basis(plan, base, seed) if kind == "svd" else pca_basis(plan, base, seed, calibration)
+    basis = {name: rounded(tensor) for name, tensor in basis.items()}
     return make_adapter(plan, base.shape, basis, scale, kind, seed, base.fingerprint, base.name)
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """To values that 16 bits hold, so that the file is half: a basis is frozen, so rounding it once, before tuning, costs nothing.
+    As it is where 16 bits do not reach."""
+    narrow = tensor.half()
+    return narrow.float() if torch.isfinite(narrow).all() else tensor

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact.errors import AdapterError
-from ..artifact.names import core_name, down_name, expand_name, shared_core_name, up_name
+from ..artifact.names import core_name, down_name, shared_core_name, up_name
 from ..artifact.plan import Column, Exchange, Source
 from ..artifact.shape import check_fits
-from .adapter import Adapter, replace_cores
+from .adapter import Adapter, expansion, replace_cores
 from .checkpoint import decoder_shape
 
 
@@ -37,6 +37,11 @@ class Cores(nn.Module):
         self.cores = nn.ParameterDict({_key(name): nn.Parameter(core.to(device, dtype)) for name, core in adapter.cores.items()})
         for name, tensor in adapter.basis.items():
             self.register_buffer(_key(name), tensor.to(device, dtype), persistent=False)
+        for exchange in self.plan.all_exchanges:
+            if exchange.shared:  # a place is no number to be rounded
+                places, signs = expansion(adapter.basis, exchange)
+                self.register_buffer(f"places_{exchange.source}", places.to(device), persistent=False)
+                self.register_buffer(f"signs_{exchange.source}", signs.to(device, dtype), persistent=False)
         self.compressed: dict[tuple[int, str], Tensor] = {}
         self.expanded: dict[int, Tensor] = {}
         self.handles: list[Any] = []
@@ -60,7 +65,8 @@ class Cores(nn.Module):
             for name, _ in source.ranks:
                 self.compressed[source.layer, name] = nn.functional.linear(u, self.frozen(down_name(source.layer, name)))
             if exchange.shared:
-                self.expanded[source.layer] = nn.functional.linear(self.injection(exchange), self.frozen(expand_name(source.layer)))
+                places, signs = self.get_buffer(f"places_{source.layer}"), self.get_buffer(f"signs_{source.layer}")
+                self.expanded[source.layer] = self.injection(exchange).index_select(-1, places) * signs
 
         return hook
 
@@ -104,7 +110,8 @@ def _key(name: str) -> str:
 def effective_core(adapter: Adapter, exchange: Exchange, column: Column) -> Tensor:
     """M_t `[out_rank, rank]` of one target, whether its injection is shared or not."""
     if exchange.shared:
-        return adapter.basis[expand_name(exchange.source)][column.start : column.stop] @ adapter.cores[shared_core_name(exchange.source)]
+        places, signs = (each[column.start : column.stop] for each in expansion(adapter.basis, exchange))
+        return adapter.cores[shared_core_name(exchange.source)][places] * signs[:, None]
     return adapter.cores[core_name(column.layer, column.target)]
 
 

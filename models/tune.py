@@ -24,7 +24,7 @@ from .report import Report
 from .rows import Example, read_examples
 from .schedule import EVALUATIONS, SAVES, Batches, Schedule, split
 from .trainer import CoresTrainer, Tuned
-from .tune_config import LEARNING_RATES, TuneConfig
+from .tune_config import TuneConfig, default_learning_rate
 from .unfinished import Settings, Unfinished
 
 METRICS = "metrics.jsonl"
@@ -51,7 +51,7 @@ def tune(config: TuneConfig, report: Report | None = None) -> dict[str, Any]:
     parts = config.accumulate * processes.num_processes
     schedule = Schedule.plan(len(examples), config.batch_size, parts, config.epochs, config.steps, config.seed)
     unfinished = Unfinished.of(config.out)
-    arguments = _arguments(config, schedule, unfinished)
+    arguments = _arguments(config, plan, schedule, unfinished)
     settings = _settings(config, base, plan, schedule, processes.num_processes, arguments.device.type)
     goes_on = unfinished.resumable(settings, config.restart)
     processes.wait_for_everyone()  # all have looked before one writes
@@ -148,7 +148,7 @@ def _rows(config: TuneConfig, tokenizer: Any) -> tuple[list[Example], list[Examp
     return examples, read_examples(config.held_out, tokenizer, config.max_tokens) if config.held_out is not None else []
 
 
-def _arguments(config: TuneConfig, schedule: Schedule, unfinished: Unfinished) -> transformers.TrainingArguments:
+def _arguments(config: TuneConfig, plan: ExchangePlan, schedule: Schedule, unfinished: Unfinished) -> transformers.TrainingArguments:
     kind = config.basis_kind if config.basis is None else read_adapter(config.basis).config.basis_kind
     arguments = transformers.TrainingArguments(
         output_dir=str(unfinished.writing),
@@ -156,7 +156,7 @@ def _arguments(config: TuneConfig, schedule: Schedule, unfinished: Unfinished) -
         gradient_accumulation_steps=config.accumulate,
         max_steps=schedule.steps,
         train_sampling_strategy="sequential",
-        learning_rate=config.learning_rate or LEARNING_RATES[kind],
+        learning_rate=config.learning_rate or default_learning_rate(plan, kind),
         lr_scheduler_type="linear",
         warmup_steps=schedule.warmup_steps,
         max_grad_norm=1.0,

@@ -45,7 +45,12 @@ from .plan_flags import PlanChoice, chosen_plan, plan_options
 @click.option("--steps", type=int, metavar="N", help="Optimizer steps, instead of --epochs.")
 @click.option("--batch-size", default=8, show_default=True, metavar="N", help="Rows per batch, of each process.")
 @click.option("--accumulate", default=1, show_default=True, metavar="N", help="Batches per step: as N times the batch, in less memory.")
-@click.option("--learning-rate", type=float, metavar="LR", help="Peak rate. [default: by basis: random and svd 1e-2, pca 3e-3]")
+@click.option(
+    "--learning-rate",
+    type=float,
+    metavar="LR",
+    help="Peak rate. [default: by basis: random and svd 1e-2, pca 4e-3; 1e-2 with a shared injection]",
+)
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Of basis, order and everything else.")
 @click.option("--max-tokens", default=512, show_default=True, metavar="N", help="Longest row.")
 @click.option("--held-out", type=click.Path(path_type=Path), metavar="FILE", help="Rows to evaluate on, in the same form.")

@@ -11,8 +11,17 @@ from ..artifact.errors import UsageError
 from ..artifact.plan import ExchangePlan
 from .basis import BASIS_KINDS
 
-LEARNING_RATES = {"random": 1e-2, "svd": 1e-2, "pca": 3e-3, "imported": 1e-2}
+LEARNING_RATES = {"random": 1e-2, "svd": 1e-2, "pca": 4e-3, "imported": 1e-2}
 """Peak rates by basis: docs/tuning.md says how they were found."""
+SHARED_LEARNING_RATE = 1e-2
+"""Peak rate where injections are shared: one value then moves every layer and target a little."""
+
+
+def default_learning_rate(plan: ExchangePlan, basis_kind: str) -> float:
+    """The peak rate if none is given."""
+    return SHARED_LEARNING_RATE if any(source.shared_injection for source in plan.sources) else LEARNING_RATES[basis_kind]
+
+
 DEVICES = ("auto", "cpu")
 
 

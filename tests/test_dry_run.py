@@ -115,7 +115,7 @@ def test_bytes_are_those_of_each_parts_dtype(base: Path, tmp_path: Path) -> None
     layer = HIDDEN * (QKV_WIDTH + HIDDEN + 3 * INTERMEDIATE + 2)
     assert edge["parts"]["decoder layers"] == {"values": 3 * layer, "bytes": 2 * 3 * layer}
     assert cloud["parts"]["decoder layers"] == {"values": 5 * layer, "bytes": 2 * 5 * layer}
-    assert cloud["parts"]["P"]["values"] == 5 * 7 * 4 * 10
+    assert cloud["parts"]["P"]["values"] == 2 * 5 * 7 * 4
     assert "A" not in cloud["parts"]
     for half in (edge, cloud):
         assert half["bytes"] == sum(part["bytes"] for part in half["parts"].values())
@@ -234,7 +234,7 @@ def test_the_drawing_of_an_entry_plan(base: Path, tmp_path: Path) -> None:
         ("A [4, 48], norm of layer 1", "", ""),
         ("folded in", "", ""),
         ("", "entry [48] 192 B", ""),
-        ("1 core [10, 4]", "injection [10] 40 B", "P [140, 10] expands it"),
+        ("1 core [10, 4]", "injection [10] 40 B", "P expands it to 140"),
         ("", "", "feeds layers 1..5: q, k, v, o, gate, up,"),
         ("", "", "down"),
         ("", "", "layers 1..5, fed by the entry"),

@@ -352,7 +352,7 @@ def test_files_and_who_may_see_them(work: Path, tmp_path: Path) -> None:
         "that comes with plora",
         "19 rows, 5 held out",
         "12 steps",
-        "rate 0.003",
+        "rate 0.01",
     ]
     facts += [
         f"{summary['parameters']:,}",
