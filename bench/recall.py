@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
 
 
 def recall(rows: list[dict[str, Any]], texts: list[str]) -> tuple[int, list[dict[str, str]]]:
-    """Answers with all of their row's keywords, and the others."""
+    """Answers with all of their row's keywords as whole words, and the others."""
     missed = [
         {"prompt": row["prompt"], "answer": text}
         for row, text in zip(rows, texts, strict=True)
-        if not all(keyword in text.lower() for keyword in row["keywords"])
+        if not set(row["keywords"]) <= set(re.findall(r"\w+", text.lower()))
     ]
     return len(rows) - len(missed), missed
 

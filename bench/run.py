@@ -135,14 +135,16 @@ def table(figures: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8, help="turns of each side")
-    parser.add_argument("--plans", default=",".join(PLANS), help="which plans, in order; without all of them nothing is written")
+    parser.add_argument(
+        "--plans", nargs="+", choices=list(PLANS), default=list(PLANS), metavar="PLAN", help="some of them; nothing is written then"
+    )
     arguments = parser.parse_args()
     base = model_path()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         figures: dict[str, Any] = {"export": export_cost(base, scratch / "out")}
         figures["start"] = start_times(scratch / "out")
-        figures["plans"] = compare_plans(str(scratch / "copy"), scratch / "plans", arguments.rounds, arguments.plans.split(","))
+        figures["plans"] = compare_plans(str(scratch / "copy"), scratch / "plans", arguments.rounds, arguments.plans)
         figures["llama_7b_width"] = llama_7b_width(scratch / "wide")
     for plan in figures["plans"].values():
         plan["where_a_split_token_goes_millis"] = where_it_goes(plan)

@@ -121,7 +121,8 @@ def new_adapter(base: Base, plan: ExchangePlan, kind: str, scale: float, seed: i
         basis = random_basis(plan, base.shape, seed)
     else:
         basis = svd_basis(plan, base, seed) if kind == "svd" else pca_basis(plan, base, seed, calibration)
-    basis = {name: rounded(tensor) for name, tensor in basis.items()}
+    places = {expand_name(exchange.source) for exchange in plan.all_exchanges if exchange.shared}
+    basis = {name: tensor if name in places else rounded(tensor) for name, tensor in basis.items()}
     return make_adapter(plan, base.shape, basis, scale, kind, seed, base.fingerprint, base.name)
 
 
