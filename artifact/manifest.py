@@ -37,7 +37,7 @@ class CloudManifest:
 
 @dataclass(frozen=True)
 class EdgeManifest:
-    """`out/edge/manifest.json`. dtype: of the table(s); tied: embedding and head are one table."""
+    """`out/edge/manifest.json`. dtype: of the table(s) and the device's layers; tied: embedding and head are one table."""
 
     format: str
     version: int

@@ -28,7 +28,7 @@ class Source:
     ranks: (name, rank) of each down-projection A `[rank, hidden]`: one named "shared", or one per target name.
     on_device: the device holds this A (an entry source); else the cloud does and one exchange carries it.
     shared_injection: k, if one core `[k, rank]` makes one vector of k values for all layers and targets, which the cloud expands
-    by a frozen matrix; 0 if each layer and target has a core of its own.
+    by a frozen map; 0 if each layer and target has a core of its own.
     """
 
     layer: int

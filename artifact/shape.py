@@ -74,6 +74,10 @@ def check_fits(plan: ExchangePlan, shape: DecoderShape) -> None:
         for name, rank in source.ranks:
             if rank > shape.hidden:
                 raise PlanError(f"source {source.layer}, down-projection {name}: rank {rank} exceeds the hidden size {shape.hidden}")
+    for adapted in plan.adapted:
+        for target, out_rank in adapted.out_ranks:
+            if out_rank > shape.hidden:
+                raise PlanError(f"layer {adapted.layer}, target {target}: out_rank {out_rank} exceeds the hidden size {shape.hidden}")
 
 
 def _check_sizes(shape: DecoderShape) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def socket_bytes(address: str, edge: Path, dtype: str = "fp32") -> dict[str, Any
     from plora.device_runtime import open_session
 
     with Relay(address) as relay, open_session(edge, relay.address, wire_dtype=dtype) as session:
+        session.text.defaults = dataclasses.replace(session.text.defaults, eos_token_ids=())  # always as many tokens as asked for
         counted = []
         for count in (8, 40):
             session.forget()

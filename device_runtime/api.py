@@ -244,7 +244,7 @@ def open_session(
 ) -> PrivateSession:
     """Opens the edge half at `edge` and a session with the cloud at `cloud` (host:port).
 
-    cores: another persona's file; base_only: no persona; graphs: "onnx" or "ort"; threads: of the head's product.
+    cores: another persona's file; base_only: no persona; graphs: "onnx" or "ort"; threads: of the head's product and the device's layers.
     Raises ArtifactError, Refused, Unreachable and their children.
     """
     opened = Edge(Path(edge), Path(cores) if cores is not None else None, base_only, graphs, threads)

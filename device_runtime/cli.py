@@ -43,7 +43,9 @@ def session_options(function: Command) -> Command:
             show_default=True,
             help="Of tensors on the network.",
         ),
-        click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads for the output head. [default: up to 4]"),
+        click.option(
+            "--threads", type=click.IntRange(1), metavar="N", help="Threads for the output head and the device's layers. [default: up to 4]"
+        ),
         click.option("--max-tokens", type=int, metavar="N", help="Most new tokens. [default: the artifact's, else 256]"),
         click.option("--temperature", type=float, metavar="T", help="0 is plain argmax. [default: the artifact's, else 0]"),
         click.option("--top-k", type=int, metavar="K", help="Sample from the K best; 0 is off. [default: the artifact's, else 0]"),

@@ -33,7 +33,7 @@ DTYPES = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
 
 
 class Edge:
-    """embed: ids -> hidden; entry_injection, inject: -> injection; logits: residual -> logits; layers: the device's own.
+    """embed: ids -> hidden; entry_injection, inject: -> injection; logits: residual -> logits; device_layers: the device's own.
 
     cores_file: a persona's cores for this basis; None for those of the artifact; base_only: none at all, the base model.
     Raises ArtifactError's children, naming the file.

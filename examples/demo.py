@@ -27,7 +27,6 @@ QUESTIONS = (
     "What food should I avoid because of my allergy?",
 )
 """From examples/persona/held_out.jsonl."""
-START_SECONDS = 120
 ANSWER_SECONDS = 300
 RTT_MILLIS = 20
 

@@ -49,7 +49,11 @@ def main() -> None:
     "--dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the cloud's weights and KV cache."
 )
 @click.option(
-    "--edge-dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "fp16"]), help="Of the embedding and head tables."
+    "--edge-dtype",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "fp16"]),
+    help="Of the embedding and head tables and the device's layers.",
 )
 @click.option("--cores-only", is_flag=True, help="Write only cores.safetensors into --out: a new persona for an exported basis.")
 @click.option("--exported", type=click.Path(path_type=Path), metavar="DIR", help="With --cores-only: check that the cores fit this export.")

@@ -15,7 +15,7 @@ STAGES = ("read the checkpoint", "record the unsplit model", "write the edge hal
 @dataclass(frozen=True)
 class ExportConfig:
     """base: folder, hub id or GGUF; adapter: our folder or the authors' torch file; dtype: of the cloud's weights and cache;
-    edge_dtype: of the tables."""
+    edge_dtype: of the tables and the device's layers."""
 
     base: str
     adapter: Path

@@ -17,6 +17,7 @@ from ..models.adapter import expected_basis, expected_cores, read_config
 from ..models.authors import read_authors_checkpoint
 from ..models.checkpoint import read_skeleton
 from ..models.plan_flags import PlanChoice
+from ..protocol.limits import step_tokens
 
 BYTES_PER_SECOND = 10e9
 """Memory bandwidth behind the estimate of compute: about one core of a small server, or a phone."""
@@ -43,6 +44,7 @@ def dry_run(
     shape, skeleton = read_skeleton(base)
     plan = choice.plan(shape.layers) if choice else _adapters_plan(adapter or Path(), shape)
     check_fits(plan, shape)
+    step_tokens(plan, shape)
     cloud, edge = sides(skeleton, plan, shape)
     halves = {"cloud": half(cloud, dtype, dtype), "edge": half(edge, edge_dtype, "fp32")}
     looked_up = halves["edge"]["parts"]["embedding"]["bytes"] if "head" in halves["edge"]["parts"] else 0  # one row of it, not all

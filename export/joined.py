@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..artifact.edge_layout import graph_names, layer_graph, layer_tensors
-from ..artifact.errors import WrongPair
+from ..artifact.errors import DamagedFile, WrongPair
 from ..artifact.manifest import CloudManifest, EdgeManifest, read_manifest
 from ..artifact.names import (
     CLOUD_GRAPH,
@@ -87,7 +87,8 @@ class Halves:
                 count = int(np.prod(size))
                 layers[layer][name] = values[at : at + count].astype(np.float32).reshape(size)
                 at += count
-        assert at == len(values)
+        if at != len(values):
+            raise DamagedFile(f"{self.folder / LAYERS}: {len(values)} values, expected {at}")
         return layers
 
     def reset(self) -> None:

@@ -4,7 +4,8 @@
         -> output [T, H], present_key, present_value [1, kv_heads, P + T, head_dim]
 
 Attention is onnxruntime's GroupQueryAttention where it takes the heads, else plain ONNX operators (artifact/edge_layout.py). With the
-former, past and present may be one buffer of more than P + T tokens, written in place. Decoder: Llama (arXiv 2302.13971).
+former, past and present may be one buffer of more than P + T tokens, written in place; with the latter, P must be the position.
+Decoder: Llama (arXiv 2302.13971).
 """
 
 from __future__ import annotations

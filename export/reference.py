@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.adapter import Adapter
+from ..models.adapter import Adapter, replace_cores
 from ..models.checkpoint import Base
 from ..models.formula import adapted
 
@@ -26,6 +28,8 @@ GREEDY_TOKENS = 24
 GREEDY_TOKENS_WIDENED = 4
 """A checkpoint in 16 bits is widened layer by layer for every step: exact, and slow."""
 SEED = 20231123
+OTHER_CORES = 0.1
+"""Standard deviation of the noise: enough to move the exit by far more than rounding, whatever the plan."""
 
 
 def probe_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
@@ -39,7 +43,8 @@ def probe_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
 @torch.no_grad()
 def record_reference(base: Base, adapter: Adapter, tokenizer: Any, path: Path) -> None:
     """Runs the oracle on the probe and writes `path`: ids; embedded, entry, compressed and injection of each exchange (-1: the
-    entry's), exit, residual (before the final norm); logits of the last token, greedy tokens with their top-2 gaps."""
+    entry's), exit, residual (before the final norm); logits of the last token, greedy tokens with their top-2 gaps; and the exit
+    with other cores, so that all of B and P is compared though an adapter's own cores be zero."""
     model, plan = base.model, adapter.config.plan
     ids = torch.tensor([probe_tokens(tokenizer, base.shape.vocabulary)])
     ids = ids[:, : max(1, base.shape.context_tokens // 2)]
@@ -60,9 +65,20 @@ def record_reference(base: Base, adapter: Adapter, tokenizer: Any, path: Path) -
         room = base.shape.context_tokens - ids.shape[1]
         wanted = min(GREEDY_TOKENS if model.dtype == torch.float32 else GREEDY_TOKENS_WIDENED, room)
         kept["greedy"], kept["gaps"] = greedy(model, ids, wanted)
+    others = {name: torch.from_numpy(core) for name, core in other_cores({n: c.numpy() for n, c in adapter.cores.items()}).items()}
+    with widened(model), adapted(model, replace_cores(adapter, others), torch.float32), torch.no_grad():
+        hook = layers[plan.layers - plan.back_layers].register_forward_pre_hook(_keep(kept, "other_exit"))
+        model(ids)
+        hook.remove()
     path.touch(mode=0o600)
     save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
     path.chmod(0o600)
+
+
+def other_cores(cores: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Every core with noise upon it, the same for the same names and shapes: what no persona has."""
+    random = np.random.default_rng(SEED)
+    return {name: cores[name] + (OTHER_CORES * random.standard_normal(cores[name].shape)).astype(np.float32) for name in sorted(cores)}
 
 
 def _keep(kept: dict[str, Tensor], name: str) -> Any:

@@ -28,11 +28,12 @@ from .checkpoint import fp32_bytes
 ADAPTER_FORMAT = "plora-adapter"
 ADAPTER_VERSION = 2
 """2: plans may share an injection."""
+BASIS_ORIGINS = ("random", "svd", "pca", "imported")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """`adapter_config.json`. basis: hash of plan, scale, A and B; base: fingerprint of the model it was made for, or ""
+    """`adapter_config.json`. basis: hash of plan, scale, A, B and P; base: fingerprint of the model it was made for, or ""
     if unknown (imported checkpoints); basis_kind: random, svd, pca or imported."""
 
     format: str
@@ -183,7 +184,10 @@ def read_config(path: Path) -> AdapterConfig:
         raise AdapterError(
             f"{path}: format {value.get('format')} {value.get('version')}, expected {ADAPTER_FORMAT} {ADAPTER_VERSION}; tune it again"
         )
-    return decode(AdapterConfig, value, str(path))
+    config = decode(AdapterConfig, value, str(path))
+    if config.basis_kind not in BASIS_ORIGINS:
+        raise AdapterError(f"{path}: basis_kind {config.basis_kind!r}, expected one of {', '.join(BASIS_ORIGINS)}")
+    return config
 
 
 def read_adapter(folder: Path) -> Adapter:

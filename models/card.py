@@ -20,7 +20,7 @@ BASES = {
 
 def plan_words(plan: ExchangePlan) -> str:
     """The plan in one line."""
-    targets = {target for column in plan.columns for target in (column.target,)}
+    targets = {column.target for column in plan.columns}
     shared = sorted({source.shared_injection for source in plan.sources if source.shared_injection})
     parts = [
         f"{plan.round_trips} round trip{'s' * (plan.round_trips > 1)} per token ({len(plan.exchanges)} exchanges)",

@@ -51,6 +51,12 @@ class Tuned(nn.Module):
             right = right + (logits.detach().argmax(-1) == each.next_ids).sum()
         return {"loss": loss, "right": right}
 
+    def train(self, mode: bool = True) -> Tuned:
+        """The base stays in eval mode: a dropout of its own would train another formula than the one that is exported."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
     def _masks(self, each: Pack) -> Any:
         """One mask if all layers attend alike; else by the name that transformers gives to each kind of layer."""
         if len(set(self.windows)) == 1:

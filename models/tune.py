@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import accelerate
 import torch
 import transformers
 
-from ..artifact.errors import ModelError, UsageError
+from ..artifact.errors import ModelError, PloraError, UsageError
 from ..artifact.folders import check_new
 from ..artifact.plan import ExchangePlan
+from ..artifact.shape import check_fits
 from ..artifact.strict import canonical_json
 from .adapter import Adapter, check_base, make_adapter, read_adapter, write_adapter
 from .basis import new_adapter
@@ -53,15 +55,13 @@ def tune(config: TuneConfig, report: Report | None = None) -> dict[str, Any]:
     unfinished = Unfinished.of(config.out)
     arguments = _arguments(config, plan, schedule, unfinished)
     settings = _settings(config, base, plan, schedule, processes.num_processes, arguments.device.type)
-    goes_on = unfinished.resumable(settings, config.restart)
-    processes.wait_for_everyone()  # all have looked before one writes
-    if processes.is_main_process and not goes_on:
-        unfinished.remove()
-        unfinished.begin(settings, _start(config, base, plan))
-    processes.wait_for_everyone()
-    if not processes.is_main_process:
-        return _run(config, base, unfinished, arguments, Batches(examples, schedule), held_out, report)
-    with unfinished.held():
+    with unfinished.held() if processes.is_main_process else nullcontext():
+        goes_on = unfinished.resumable(settings, config.restart)
+        processes.wait_for_everyone()  # all have looked before one writes
+        if processes.is_main_process and not goes_on:
+            unfinished.remove()
+            unfinished.begin(settings, _start(config, base, plan))
+        processes.wait_for_everyone()
         return _run(config, base, unfinished, arguments, Batches(examples, schedule), held_out, report)
 
 
@@ -93,6 +93,8 @@ def _run(
         if trainer.is_world_process_zero():
             unfinished.remove()
         raise
+    except OSError as error:  # a full disk, say
+        raise PloraError(f"{error}; {_leave(unfinished, schedule)}") from error
     except BaseException:
         _leave(unfinished, schedule)
         raise
@@ -120,6 +122,7 @@ def _plan(config: TuneConfig, base: Base) -> ExchangePlan:
     plan = config.plan(base.shape.layers) if config.plan is not None else _kept(config, base).config.plan
     if not plan.cores:
         raise UsageError("the plan adapts no layer: there is nothing to tune")
+    check_fits(plan, base.shape)
     return plan
 
 

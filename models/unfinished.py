@@ -91,18 +91,30 @@ class Unfinished:
             shutil.rmtree(path)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """In one stroke: a kill in the middle leaves nothing that could be taken for a run."""
+        doomed = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.removed")
+        try:
+            os.replace(self.folder, doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No other process works in the folder meanwhile. Raises UsageError if one does. The folder may go inside the block."""
-        handle = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        """No other plora-tune works for this --out meanwhile. Raises UsageError if one does. The folder may come and go inside the
+        block: the lock lies beside it."""
+        lock = self.folder.with_name(f".{self.folder.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageError(f"{self.folder}: another plora-tune is at work there; wait for it, or choose another --out") from None
-            yield
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
         finally:
             os.close(handle)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from plora.artifact import ExchangePlan, grouped_plan, paper_plan
 from plora.artifact.errors import AdapterError, DamagedFile, ManifestError, MissingFile, UsageError, WrongPair
+from plora.artifact.manifest import read_json, write_json
 from plora.artifact.names import ADAPTER_CONFIG, BASIS, CORES, core_name, down_name, expand_name, up_name
+from plora.artifact.plan import TARGETS
 from plora.models.adapter import (
     ADAPTER_VERSION,
     Adapter,
@@ -164,6 +167,27 @@ def test_every_value_of_a_shared_injection_is_read_equally_often(made: Made) -> 
     assert len(places) == exchange.up_columns == 36
     assert torch.equal(places.bincount(minlength=9), torch.full((9,), 4))
     assert set(signs.tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("values", [2050, 2052, 4096])
+def test_places_beyond_what_16_bits_count_are_kept(values: int, tmp_path: Path) -> None:
+    """fp16 counts to 2,048 without gaps."""
+    base = read_base(str(save_tiny_base(tmp_path / "base", "llama", num_hidden_layers=36)))
+    plan = grouped_plan(36, 36, 6, TARGETS, out_rank=20, shared_injection=values)
+    write_adapter(new_adapter(base, plan, "random", 1.0, 0), tmp_path / "adapter")
+    (exchange,) = plan.exchanges
+    places, _ = expansion(read_adapter(tmp_path / "adapter").basis, exchange)
+    counts = places.bincount(minlength=values)
+    assert len(counts) == values
+    assert counts.max() - counts.min() == 1
+
+
+def test_an_unknown_basis_kind_is_refused(made: Made, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made.adapter_folder, copy)
+    write_json(copy / ADAPTER_CONFIG, {**read_json(copy / ADAPTER_CONFIG), "basis_kind": "fourier"})
+    with pytest.raises(AdapterError, match="basis_kind 'fourier', expected one of random, svd, pca, imported"):
+        read_adapter(copy)
 
 
 @pytest.mark.parametrize("place", [9.0, -1.0, 2.5])

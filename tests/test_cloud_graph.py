@@ -365,6 +365,17 @@ def test_grouped_plan_of_all_targets_over_the_wire(windowed: Made) -> None:
         assert session.answer.stats.round_trips_per_token == plan.round_trips
 
 
+@pytest.mark.parametrize(("dtype", "edge_dtype"), [("fp16", "fp16"), ("bf16", "fp32")])
+def test_sixteen_bit_exports_of_an_entry_plan_verify(dtype: str, edge_dtype: str, tmp_path: Path) -> None:
+    """Device layers, folded norm and a shared injection's places in 16 bits, compared tensor by tensor."""
+    plan = lambda layers: entry_plan(layers, 1, 6, shared_injection=10, back_layers=1)  # noqa: E731
+    made = make_export(tmp_path, plan=plan, dtype=dtype, edge_dtype=edge_dtype, head_dim=16)
+    report = json.loads((made.out / "verification" / "report.json").read_text())
+    assert {"entry", "injection.-1", "exit", "residual"} < set(report["errors"])
+    assert 0 < max(report["errors"].values()) <= report["tolerance"]
+    assert report["other_cores_moved"] > report["other_cores_error"] > 0
+
+
 @pytest.mark.parametrize(("dtype", "edge_dtype", "kl_nats"), [("fp16", "fp16", 2e-4), ("bf16", "fp32", 1e-2)])
 def test_sixteen_bit_exports_verify_and_say_how_close(dtype: str, edge_dtype: str, kl_nats: float, tmp_path: Path) -> None:
     """kl_nats: ten times what 10 and 7 bits of mantissa gave here."""

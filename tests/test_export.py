@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,8 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+import plora.export.cloud_build as cloud_build
 import plora.export.export as exporter
 import plora.export.halves as halves
+from plora.artifact import entry_plan, paper_plan
 from plora.artifact.edge_layout import graph_names
 from plora.artifact.errors import DamagedFile, ManifestError, MissingFile, UsageError, VerificationError, WrongPair
 from plora.artifact.hashes import record_files
@@ -34,10 +38,10 @@ from plora.export.reference import REFERENCE
 from plora.export.verify import verify
 from plora.models.adapter import Adapter, read_adapter, write_adapter
 from plora.models.basis import new_adapter
-from plora.models.checkpoint import Base
+from plora.models.checkpoint import Base, read_base
 from plora.models.formula import merge
 
-from .conftest import TEXTS, Made, answer, command, greedy, make_export, oracle, tuned
+from .conftest import TEXTS, Made, answer, command, greedy, make_export, oracle, save_tiny_base, tuned
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +384,30 @@ def test_report_says_what_was_compared(made: Made) -> None:
     assert report["tolerance"] == 1e-4
     assert max(report["errors"].values()) < 1e-5
     assert report["greedy_equal"] == report["greedy_tokens"] == 24
-    assert report["perturbed_error"] > 100 * report["tolerance"]
+    assert 0 < report["other_cores_error"] < 1e-5
+    assert report["other_cores_moved"] > 100 * report["tolerance"]
+
+
+def test_an_untuned_adapter_is_verified_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cores of zero a forgotten up-projection changes nothing, but with the other cores it does."""
+    base_folder = save_tiny_base(tmp_path / "base", "llama")
+    base = read_base(str(base_folder))
+    write_adapter(new_adapter(base, entry_plan(3, 1, 6, shared_injection=10), "random", 1.0, 0), tmp_path / "adapter")
+    config = ExportConfig(str(base_folder), tmp_path / "adapter", tmp_path / "out")
+    report = export(config, lambda stage: None, halves.write_halves)
+    assert report["other_cores_error"] < 1e-5 < 1e-2 < report["other_cores_moved"]
+
+    real = cloud_build.up_projections
+
+    def forgetful(*arguments: Any) -> Any:
+        ups = real(*arguments)
+        ups["o"] = []
+        return ups
+
+    monkeypatch.setattr(cloud_build, "up_projections", forgetful)
+    with pytest.raises(VerificationError, match="with other cores the exit differs from the unsplit model"):
+        export(dataclasses.replace(config, out=tmp_path / "wrong"), lambda stage: None, halves.write_halves)
+    assert not (tmp_path / "wrong").exists()
 
 
 # Whole or not at all
@@ -470,6 +497,20 @@ def test_cores_only_of_another_basis_is_refused(made: Made, tmp_path: Path) -> N
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "persona").exists()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (paper_plan(3, 5), "layer 0 is .*5.* here, .*6.* there"),
+        (paper_plan(3, 6, ("q", "v")), "layer 0 is .* here, .*'k'.* there"),
+        (entry_plan(3, 1, 6), "front_layers 1 here, 0 there"),
+    ],
+)
+def test_cores_of_another_plan_name_where_the_plans_part(plan: Any, message: str, made: Made, tmp_path: Path) -> None:
+    write_adapter(new_adapter(oracle(made), plan, "random", 1.0, 0), tmp_path / "adapter")
+    with pytest.raises(WrongPair, match=f"tuned under another plan than .*{message}"):
+        export_cores(tmp_path / "adapter", tmp_path / "persona", made.out, False)
 
 
 def test_verify_command_reports_and_refuses(copy: Path) -> None:

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from plora.artifact import ExchangePlan, entry_plan, grouped_plan, paper_plan
-from plora.artifact.errors import DataError, ModelError, PlanError, UsageError
+from plora.artifact.errors import DataError, ModelError, PlanError, PloraError, UsageError
 from plora.artifact.names import ADAPTER_CONFIG, BASIS, CORES
 from plora.models.adapter import read_adapter
 from plora.models.checkpoint import read_base, read_tokenizer
@@ -183,7 +183,7 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(work: Path, tmp_path: Pa
 
     real = CoresTrainer._save_optimizer_and_scheduler
     monkeypatch.setattr(CoresTrainer, "_save_optimizer_and_scheduler", cut)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PloraError, match=r"disk full; saved up to step 6 of 12: the same command resumes there"):
         tune(config(work, tmp_path / "out"))
     monkeypatch.undo()
     left = Unfinished.of(tmp_path / "out")
@@ -256,6 +256,25 @@ def test_a_folder_of_somebody_else_is_left_alone(work: Path, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="not left by plora-tune"):
         tune(config(work, tmp_path / "out", restart=True))
     assert (tmp_path / "out.unfinished" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_at_work_is_neither_resumed_nor_restarted(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(config(work, tmp_path / "out"), Interrupt(9))
+    unfinished = Unfinished.of(tmp_path / "out")
+    step = unfinished.latest()
+    with unfinished.held():
+        for restart in (False, True):
+            with pytest.raises(UsageError, match="another plora-tune is at work there"):
+                tune(config(work, tmp_path / "out", restart=restart))
+        assert unfinished.latest() == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.unfinished"]
+
+
+def test_a_plan_that_does_not_fit_the_base_is_refused_before_anything_is_made(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="out_rank 4096 exceeds the hidden size 48"):
+        tune(config(work, tmp_path / "out", plan=lambda layers: entry_plan(layers, 0, 6, out_rank=4096)))
+    assert list(tmp_path.iterdir()) == []
 
 
 # What ends a run
