@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from plora.artifact import (
     AdaptedLayer,
@@ -41,6 +40,8 @@ from plora.artifact.plans import read_plan
 from plora.artifact.shape import check_fits
 from plora.artifact.strict import canonical_json, decode, plain
 
+from .strategies import legal_plans
+
 SHAPE = DecoderShape(16, 4, 4, 2, 4, 24, 50, 64, 1e-5, (0, 0, 0, 0), Rope((1.0, 0.01), 1.0))
 QKV = (("q", 3), ("k", 3), ("v", 3))
 DOC = Path(__file__).parent.parent / "docs" / "exchange-plans.md"
@@ -52,30 +53,6 @@ def plan_of(sources: list[Source], adapted: list[AdaptedLayer], layers: int = 4,
 
 def contract_of(plan: ExchangePlan, shape: DecoderShape = SHAPE) -> Contract:
     return Contract(PROTOCOL_MAJOR, plan, shape, "ba" * 32, "5e" * 32, EXIT_CONVENTION)
-
-
-@st.composite
-def legal_plans(draw: st.DrawFn) -> ExchangePlan:
-    """Any legal plan of a few layers: device layers, sources shared by groups or not, an entry source, shared
-    injections, any targets and ranks."""
-    layers = draw(st.integers(1, 8))
-    front = draw(st.integers(0, layers - 1))
-    back = draw(st.integers(0, layers - 1 - front))
-    ranks = st.integers(1, 6)
-    adapted = []
-    for layer in draw(st.lists(st.integers(front, layers - back - 1), unique=True).map(sorted)):
-        chosen = draw(st.sets(st.sampled_from(TARGETS), min_size=1))
-        source = draw(st.integers(front, layer))
-        adapted.append(AdaptedLayer(layer, source, tuple((target, draw(ranks)) for target in TARGETS if target in chosen)))
-    sources = []
-    for layer in sorted({each.source for each in adapted}):
-        read = {target for each in adapted if each.source == layer for target, _ in each.out_ranks}
-        names = draw(st.sampled_from([(SHARED,), tuple(target for target in TARGETS if target in read)]))
-        on_device = layer == front and draw(st.booleans())
-        own = sum(rank for each in adapted if each.source == layer for _, rank in each.out_ranks)
-        shared = draw(st.integers(0, own)) if names == (SHARED,) else 0
-        sources.append(Source(layer, tuple((name, draw(ranks)) for name in names), on_device, shared))
-    return ExchangePlan(layers, front, back, tuple(sources), tuple(adapted))
 
 
 SOURCE, ADAPTED = Source(1, ((SHARED, 3),)), AdaptedLayer(1, 1, QKV)
