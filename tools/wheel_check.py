@@ -1,7 +1,7 @@
 """Builds the wheel and proves, in fresh environments, that the device needs no torch and the cloud no transformers.
 
 Exports a tiny random model here, serves it from an environment with `plora[cloud]`, and generates from one with
-`plora[device]`; the tokens must be those of transformers with merged weights.
+`plora[device]`; the tokens must be those of transformers with the adapter.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,8 +43,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from plora.models.adapter import merge
+    from plora.artifact import entry_plan
     from plora.models.checkpoint import read_base
+    from plora.models.formula import adapted
     from tests.conftest import make_export
 
     shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would pack what an older build left there
@@ -52,9 +54,11 @@ def main() -> None:
         (wheel,) = Path(scratch).glob("plora-*.whl")
         print(f"built {wheel.name}, {wheel.stat().st_size:,} bytes", flush=True)
         device, cloud = environment("device", wheel), environment("cloud", wheel)
-        made = make_export(Path(scratch))
+        if "plora/models/calibration.txt" not in zipfile.ZipFile(wheel).namelist():
+            sys.exit("the wheel lacks plora's calibration text")
+        # Every graph that a device may run: front and back layers, injections with the entry.
+        made = make_export(Path(scratch), plan=lambda layers: entry_plan(layers, 1, 6, back_layers=1), head_dim=16)
         base = read_base(str(made.base))
-        merge(base.model, made.adapter)
         server = subprocess.Popen(
             [cloud / "plora-cloud", "serve", made.out / "cloud", "--listen", "127.0.0.1:0", "--kv-bytes", "50000000"],
             stdout=subprocess.PIPE,
@@ -70,7 +74,8 @@ def main() -> None:
             server.terminate()
             server.wait(30)
         ids = torch.tensor([answer["prompt_token_ids"]])
-        expected = base.model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
+        with adapted(base.model, made.adapter):
+            expected = base.model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
         if answer["token_ids"] != expected:
             sys.exit(f"the wheel's tokens {answer['token_ids']} differ from {expected}")
         if server.returncode != 0:
