@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 from .names import CORES_GRAPH, EMBEDDING_GRAPH, ENTRY_GRAPH, HEAD_GRAPH, LAYER_GRAPH
 from .plan import ExchangePlan
 from .shape import DecoderShape
@@ -27,6 +30,16 @@ def fused_attention(shape: DecoderShape) -> bool:
     """Whether onnxruntime's GroupQueryAttention takes these heads: its CPU kernel refuses sizes that are no multiple of 16
     when it rotates (1.31)."""
     return shape.head_dim % 16 == 0
+
+
+def layer_slices(plan: ExchangePlan, shape: DecoderShape) -> Iterator[tuple[int, str, slice, tuple[int, ...]]]:
+    """Where each tensor lies in `layers.bin`, in values: (layer, name, slice, shape), front to back."""
+    start = 0
+    for layer in plan.device_layers:
+        for name, size in layer_tensors(shape):
+            stop = start + math.prod(size)
+            yield layer, name, slice(start, stop), size
+            start = stop
 
 
 def layer_tensors(shape: DecoderShape) -> tuple[tuple[str, tuple[int, ...]], ...]:

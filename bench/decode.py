@@ -85,7 +85,6 @@ def device_alone(out: Path, repeats: int = 40) -> dict[str, float]:
 
 def cloud_alone(folder: Path, repeats: int = 40) -> float:
     """Milliseconds of the cloud's work per token without a network: the engine in this process, one thread."""
-    import numpy as np
     import torch
 
     from plora.cloud_server.engine import Engine
@@ -93,23 +92,7 @@ def cloud_alone(folder: Path, repeats: int = 40) -> float:
     torch.set_num_threads(1)
     engine = Engine(folder, 256 << 20)
     engine.warm_up()
-    hidden = np.ones((1, engine.shape.hidden), np.float32)
-    held = engine.plan.entry_exchange
-    entry = np.zeros((1, held.injection_columns), np.float32) if held else None
-    injections = [np.zeros((1, exchange.injection_columns), np.float32) for exchange in engine.plan.exchanges]
-
-    def token() -> None:
-        row = engine.begin(0, 16, hidden, entry)
-        for segment in engine.plan.segments:
-            if segment.exchange is None:
-                engine.through(segment.index, [row])
-                continue
-            engine.open(segment.index, [row])
-            engine.ahead(segment.index, [row])
-            engine.inject(row, segment.exchange, injections[segment.exchange])
-            engine.run(segment.index, [row])
-
-    return median_millis(token, repeats)
+    return median_millis(lambda: engine.blank_step(0, 16, 1), repeats)
 
 
 def median_millis(call: Any, repeats: int) -> float:

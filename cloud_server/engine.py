@@ -184,20 +184,24 @@ class Engine:
             tokens = min(tokens, self.pool.context_tokens - length)
             if tokens < 1:
                 break
-            held = self.plan.entry_exchange
-            injection = np.zeros((tokens, held.injection_columns), np.float32) if held else None
-            row = self.begin(slot, length, np.zeros((tokens, self.shape.hidden), np.float32), injection)
-            for segment in self.plan.segments:
-                if segment.exchange is None:
-                    self.through(segment.index, [row])
-                    continue
-                self.open(segment.index, [row])
-                self.ahead(segment.index, [row])
-                columns = self.plan.exchanges[segment.exchange].injection_columns
-                self.inject(row, segment.exchange, np.zeros((tokens, columns), np.float32))
-                self.run(segment.index, [row])
+            self.blank_step(slot, length, tokens)
             length += tokens
         self.pool.give_back(slot)
+
+    def blank_step(self, slot: int, length: int, tokens: int) -> None:
+        """One step of zeros through every segment, as `Service` walks it, without a device."""
+        held = self.plan.entry_exchange
+        injection = np.zeros((tokens, held.injection_columns), np.float32) if held else None
+        row = self.begin(slot, length, np.zeros((tokens, self.shape.hidden), np.float32), injection)
+        for segment in self.plan.segments:
+            if segment.exchange is None:
+                self.through(segment.index, [row])
+                continue
+            self.open(segment.index, [row])
+            self.ahead(segment.index, [row])
+            columns = self.plan.exchanges[segment.exchange].injection_columns
+            self.inject(row, segment.exchange, np.zeros((tokens, columns), np.float32))
+            self.run(segment.index, [row])
 
     def _tensor(self, values: Floats) -> Tensor:
         """[T, N] float32 -> [1, T, N] in the engine's dtype."""

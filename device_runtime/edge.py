@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..artifact.edge_layout import graph_names, layer_graph, layer_tensors
+from ..artifact.edge_layout import graph_names, layer_graph, layer_slices
 from ..artifact.errors import DamagedFile, UsageError
 from ..artifact.manifest import EdgeManifest, check_files, read_manifest, require_file
 from ..artifact.names import (
@@ -94,19 +94,12 @@ class Edge:
 
     def _read_layers(self) -> dict[int, Layer]:
         """The device's decoder layers: mapped in float32, widened once in float16."""
-        tensors = layer_tensors(self.shape)
-        layer_values = sum(math.prod(size) for _, size in tensors)
-        values = self._map(LAYERS, self._dtype(), (len(self.plan.device_layers) * layer_values,))
-        layers: dict[int, Layer] = {}
-        at = 0
-        for index in self.plan.device_layers:
-            weights: dict[str, Floats] = {}
-            for name, size in tensors:
-                count = math.prod(size)
-                weights[name] = values[at : at + count].reshape(size).astype(np.float32, copy=False)
-                at += count
-            layers[index] = Layer(index, self._graphs[layer_graph(self.shape.windows[index])], weights)
-        return layers
+        slices = list(layer_slices(self.plan, self.shape))
+        values = self._map(LAYERS, self._dtype(), (slices[-1][2].stop,))
+        weights: dict[int, dict[str, Floats]] = {layer: {} for layer in self.plan.device_layers}
+        for layer, name, where, size in slices:
+            weights[layer][name] = values[where].reshape(size).astype(np.float32, copy=False)
+        return {layer: Layer(self._graphs[layer_graph(self.shape.windows[layer])], own) for layer, own in weights.items()}
 
     def device_layers(self, first: int, stop: int, context_tokens: int) -> DeviceLayers:
         """Decoder layers `first <= layer < stop` with an empty cache for one conversation."""

@@ -22,7 +22,6 @@ from .cores import Floats
 class Layer:
     """One device layer. session: of the graph for its window; weights: by name (edge_layout.layer_tensors), float32."""
 
-    index: int
     session: ort.InferenceSession
     weights: dict[str, Floats]
 
@@ -31,7 +30,6 @@ class DeviceLayers:
     """The layers `first <= index < stop` of one conversation of at most `context_tokens`."""
 
     def __init__(self, layers: list[Layer], shape: DecoderShape, context_tokens: int) -> None:
-        self.context_tokens = context_tokens
         tables = rope_tables(shape.rope, context_tokens)
         kind = _BufferCache if fused_attention(shape) else _GrowingCache
         self.caches = [kind(layer, tables, shape, context_tokens) for layer in layers]

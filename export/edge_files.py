@@ -27,10 +27,15 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 def write_edge(folder: Path, base: Base, tokenizer: Any, adapter: Adapter, dtype: str) -> list[str]:
     """Writes every file of the edge half but its manifest; returns their names."""
+    return write_numbers(folder, base, adapter, dtype) + write_text_files(folder, base.model, tokenizer)
+
+
+def write_numbers(folder: Path, base: Base, adapter: Adapter, dtype: str, ort: bool = True) -> list[str]:
+    """Graphs, tables, layers and cores; returns the files' names. ort: the graphs as `.ort` too."""
     model = base.model
     plan = adapter.config.plan
     graphs = write_graphs(folder, plan, base.shape, model.model.norm.weight.detach().float().numpy(), dtype)
-    names = [f"{graph}.onnx" for graph in graphs] + write_ort_files(folder, graphs)
+    names = [f"{graph}.onnx" for graph in graphs] + (write_ort_files(folder, graphs) if ort else [])
     write_table(model.model.embed_tokens.weight, folder / TABLE, TABLE_DTYPES[dtype])
     names.append(TABLE)
     if not is_tied(model):
@@ -43,8 +48,7 @@ def write_edge(folder: Path, base: Base, tokenizer: Any, adapter: Adapter, dtype
         write_entry_down(model, adapter, folder / ENTRY_DOWN)
         names.append(ENTRY_DOWN)
     write_cores(adapter, folder / CORES)
-    names.append(CORES)
-    return names + write_text_files(folder, model, tokenizer)
+    return [*names, CORES]
 
 
 def write_table(table: Tensor, path: Path, dtype: torch.dtype) -> None:

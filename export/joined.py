@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from ..artifact.edge_layout import graph_names, layer_graph, layer_tensors
+from ..artifact.edge_layout import graph_names, layer_graph, layer_slices
 from ..artifact.errors import DamagedFile, WrongPair
 from ..artifact.manifest import CloudManifest, EdgeManifest, read_manifest
 from ..artifact.names import (
@@ -79,16 +79,12 @@ class Halves:
 
     def _layers(self) -> dict[int, dict[str, Floats]]:
         """Weights of the device's layers."""
-        values, at = self._map(LAYERS), 0
-        layers: dict[int, dict[str, Floats]] = {}
-        for layer in self.plan.device_layers:
-            layers[layer] = {}
-            for name, size in layer_tensors(self.shape):
-                count = int(np.prod(size))
-                layers[layer][name] = values[at : at + count].astype(np.float32).reshape(size)
-                at += count
-        if at != len(values):
-            raise DamagedFile(f"{self.folder / LAYERS}: {len(values)} values, expected {at}")
+        values, slices = self._map(LAYERS), list(layer_slices(self.plan, self.shape))
+        if len(values) != slices[-1][2].stop:
+            raise DamagedFile(f"{self.folder / LAYERS}: {len(values)} values, expected {slices[-1][2].stop}")
+        layers: dict[int, dict[str, Floats]] = {layer: {} for layer in self.plan.device_layers}
+        for layer, name, where, size in slices:
+            layers[layer][name] = values[where].astype(np.float32).reshape(size)
         return layers
 
     def reset(self) -> None:

@@ -14,7 +14,7 @@ from .checkpoint import Base, read_tokenizer
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 """Written for plora: everyday English about nobody in particular."""
 TOKENS = 2048
-"""Used at the most. More changed nothing in the prototype (docs/tuning.md)."""
+"""Used at the most: as many as the prototype had from which this basis comes (docs/tuning.md)."""
 WINDOW_TOKENS = 256
 TOKENS_PER_RANK = 4
 """Fewer observations than this per direction, and the trailing directions are noise."""

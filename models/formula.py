@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact.errors import AdapterError
-from ..artifact.names import core_name, down_name, shared_core_name, up_name
+from ..artifact.names import core_name, down_name, expand_name, shared_core_name, up_name
 from ..artifact.plan import Column, Exchange, Source
 from ..artifact.shape import check_fits
 from .adapter import Adapter, expansion, replace_cores
@@ -35,13 +35,15 @@ class Cores(nn.Module):
         self.scale = adapter.config.scale
         device = next(model.parameters()).device
         self.cores = nn.ParameterDict({_key(name): nn.Parameter(core.to(device, dtype)) for name, core in adapter.cores.items()})
-        for name, tensor in adapter.basis.items():
-            self.register_buffer(_key(name), tensor.to(device, dtype), persistent=False)
+        frozen = dict(adapter.basis)
         for exchange in self.plan.all_exchanges:
-            if exchange.shared:  # a place is no number to be rounded
-                places, signs = expansion(adapter.basis, exchange)
+            if exchange.shared:
+                places, signs = expansion(frozen, exchange)
+                del frozen[expand_name(exchange.source)]  # places are integers, no numbers to be rounded
                 self.register_buffer(f"places_{exchange.source}", places.to(device), persistent=False)
                 self.register_buffer(f"signs_{exchange.source}", signs.to(device, dtype), persistent=False)
+        for name, tensor in frozen.items():
+            self.register_buffer(_key(name), tensor.to(device, dtype), persistent=False)
         self.compressed: dict[tuple[int, str], Tensor] = {}
         self.expanded: dict[int, Tensor] = {}
         self.handles: list[Any] = []
@@ -54,7 +56,7 @@ class Cores(nn.Module):
                 self.handles.append(projection.register_forward_hook(self._inject(exchange, column)))
 
     def frozen(self, name: str) -> Tensor:
-        """A, B or P by its name in the basis."""
+        """A or B by its name in the basis."""
         return self.get_buffer(_key(name))
 
     def core(self, name: str) -> Tensor:

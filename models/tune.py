@@ -47,20 +47,21 @@ def tune(config: TuneConfig, report: Report | None = None) -> dict[str, Any]:
     processes = accelerate.PartialState(cpu=config.device == "cpu")
     report = report if report is not None and processes.is_main_process else Report()
     base = read_base(config.base)
-    plan = _plan(config, base)
+    kept = _kept(config.basis, base) if config.basis is not None else None
+    plan = _plan(config, base, kept)
     tokenizer = read_tokenizer(base.source)
     examples, held_out = _rows(config, tokenizer)
     parts = config.accumulate * processes.num_processes
     schedule = Schedule.plan(len(examples), config.batch_size, parts, config.epochs, config.steps, config.seed)
     unfinished = Unfinished.of(config.out)
-    arguments = _arguments(config, plan, schedule, unfinished)
-    settings = _settings(config, base, plan, schedule, processes.num_processes, arguments.device.type)
+    arguments = _arguments(config, plan, kept, schedule, unfinished)
+    settings = _settings(config, base, plan, kept, schedule, processes.num_processes, arguments.device.type)
     with unfinished.held() if processes.is_main_process else nullcontext():
         goes_on = unfinished.resumable(settings, config.restart)
         processes.wait_for_everyone()  # all have looked before one writes
         if processes.is_main_process and not goes_on:
             unfinished.remove()
-            unfinished.begin(settings, _start(config, base, plan))
+            unfinished.begin(settings, _start(config, base, plan, kept))
         processes.wait_for_everyone()
         return _run(config, base, unfinished, arguments, Batches(examples, schedule), held_out, report)
 
@@ -118,29 +119,32 @@ def _leave(unfinished: Unfinished, schedule: Schedule) -> str:
     return f"saved up to step {checkpoint[0]} of {schedule.steps}: the same command resumes there"
 
 
-def _plan(config: TuneConfig, base: Base) -> ExchangePlan:
-    plan = config.plan(base.shape.layers) if config.plan is not None else _kept(config, base).config.plan
+def _plan(config: TuneConfig, base: Base, kept: Adapter | None) -> ExchangePlan:
+    if kept is not None:
+        plan = kept.config.plan
+    else:
+        assert config.plan is not None  # TuneConfig checked it
+        plan = config.plan(base.shape.layers)
     if not plan.cores:
         raise UsageError("the plan adapts no layer: there is nothing to tune")
     check_fits(plan, base.shape)
     return plan
 
 
-def _kept(config: TuneConfig, base: Base) -> Adapter:
-    assert config.basis is not None  # TuneConfig checked it
-    given = read_adapter(config.basis)
+def _kept(basis: Path, base: Base) -> Adapter:
+    """The adapter whose plan, basis and scale are kept."""
+    given = read_adapter(basis)
     check_base(given, base.fingerprint, base.name)
     return given
 
 
-def _start(config: TuneConfig, base: Base, plan: ExchangePlan) -> Adapter:
+def _start(config: TuneConfig, base: Base, plan: ExchangePlan, kept: Adapter | None) -> Adapter:
     """The adapter with cores of zero."""
-    if config.basis is None:
+    if kept is None:
         base.model.float()
         return new_adapter(base, plan, config.basis_kind, config.scale, config.seed, config.calibration)
-    given = _kept(config, base)
-    kept = given.config
-    return make_adapter(kept.plan, base.shape, given.basis, kept.scale, kept.basis_kind, kept.seed, kept.base, kept.base_name)
+    its = kept.config
+    return make_adapter(its.plan, base.shape, kept.basis, its.scale, its.basis_kind, its.seed, its.base, its.base_name)
 
 
 def _rows(config: TuneConfig, tokenizer: Any) -> tuple[list[Example], list[Example]]:
@@ -151,8 +155,10 @@ def _rows(config: TuneConfig, tokenizer: Any) -> tuple[list[Example], list[Examp
     return examples, read_examples(config.held_out, tokenizer, config.max_tokens) if config.held_out is not None else []
 
 
-def _arguments(config: TuneConfig, plan: ExchangePlan, schedule: Schedule, unfinished: Unfinished) -> transformers.TrainingArguments:
-    kind = config.basis_kind if config.basis is None else read_adapter(config.basis).config.basis_kind
+def _arguments(
+    config: TuneConfig, plan: ExchangePlan, kept: Adapter | None, schedule: Schedule, unfinished: Unfinished
+) -> transformers.TrainingArguments:
+    kind = config.basis_kind if kept is None else kept.config.basis_kind
     arguments = transformers.TrainingArguments(
         output_dir=str(unfinished.writing),
         per_device_train_batch_size=1,  # an item is a whole batch
@@ -183,14 +189,16 @@ def _arguments(config: TuneConfig, plan: ExchangePlan, schedule: Schedule, unfin
     return arguments
 
 
-def _settings(config: TuneConfig, base: Base, plan: ExchangePlan, schedule: Schedule, processes: int, device: str) -> Settings:
+def _settings(
+    config: TuneConfig, base: Base, plan: ExchangePlan, kept: Adapter | None, schedule: Schedule, processes: int, device: str
+) -> Settings:
     """What two commands must share for one to resume the other, by the names that the user knows."""
-    fresh = config.basis is None
+    fresh = kept is None
     return {
         "BASE": base.fingerprint[:16],
         "--data": _hash(config.data),
         "plan": f"{plan_words(plan)} ({hashlib.sha256(canonical_json(plan)).hexdigest()[:8]})",
-        "--basis": None if config.basis is None else read_adapter(config.basis).config.basis[:16],
+        "--basis": None if kept is None else kept.config.basis[:16],
         "--basis-kind": config.basis_kind if fresh else None,
         "--calibration": _hash(config.calibration),
         "--scale": config.scale if fresh else None,

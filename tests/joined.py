@@ -16,7 +16,6 @@ from torch import Tensor
 
 from plora.artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_files
 from plora.artifact.manifest import FORMAT_VERSION, FORMATS, MANIFEST, EdgeManifest, write_json
-from plora.artifact.names import CORES, ENTRY_DOWN, HEAD_TABLE, LAYERS, TABLE
 from plora.cloud_server.cache import Pool
 from plora.cloud_server.engine import Calls, Engine
 from plora.cloud_server.service import Limits, Service
@@ -24,10 +23,8 @@ from plora.device_runtime.edge import Edge
 from plora.device_runtime.stepper import Stepper
 from plora.device_runtime.transport import Deadlines, Interrupted
 from plora.export.cloud_build import build_cloud_graph
-from plora.export.edge_files import TABLE_DTYPES, write_entry_down, write_layers, write_table
-from plora.export.edge_graphs import write_graphs
-from plora.export.ort_files import write_ort_files
-from plora.models.adapter import Adapter, replace_cores, write_cores
+from plora.export.edge_files import write_numbers
+from plora.models.adapter import Adapter, replace_cores
 from plora.models.checkpoint import Base, Source, decoder_shape, is_tied
 from plora.models.formula import adapted
 from plora.protocol import plora_pb2 as pb
@@ -118,25 +115,11 @@ def contract_of(base: Base, adapter: Adapter) -> Contract:
 
 def write_edge_half(folder: Path, base: Base, adapter: Adapter, dtype: str = "fp32", ort: bool = False) -> Path:
     """The edge half as export writes it, without its texts, and without `.ort` graphs unless asked for. Leaves the model whole."""
-    plan, model = adapter.config.plan, base.model
     folder.mkdir(parents=True, exist_ok=True)
-    graphs = write_graphs(folder, plan, base.shape, model.model.norm.weight.float().numpy(), dtype)
-    names = [f"{graph}.onnx" for graph in graphs] + (write_ort_files(folder, graphs) if ort else [])
-    write_table(model.model.embed_tokens.weight, folder / TABLE, TABLE_DTYPES[dtype])
-    names.append(TABLE)
-    if not is_tied(model):
-        write_table(model.lm_head.weight, folder / HEAD_TABLE, TABLE_DTYPES[dtype])
-        names.append(HEAD_TABLE)
-    if plan.device_layers:
-        write_layers(model, plan, base.shape, folder / LAYERS, TABLE_DTYPES[dtype])
-        names.append(LAYERS)
-    if plan.entry_exchange:
-        write_entry_down(model, adapter, folder / ENTRY_DOWN)
-        names.append(ENTRY_DOWN)
-    write_cores(adapter, folder / CORES)
+    names = write_numbers(folder, base, adapter, dtype, ort)
     contract = contract_of(base, adapter)
-    files = record_files(folder, [*names, CORES])
-    manifest = EdgeManifest(FORMATS[EdgeManifest], FORMAT_VERSION, "tests", contract.hash, contract, dtype, is_tied(model), files)
+    files = record_files(folder, names)
+    manifest = EdgeManifest(FORMATS[EdgeManifest], FORMAT_VERSION, "tests", contract.hash, contract, dtype, is_tied(base.model), files)
     write_json(folder / MANIFEST, manifest)
     return folder
 
