@@ -11,7 +11,8 @@ PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 CODE := artifact protocol models export cloud_server device_runtime tests bench tools examples
 
-.PHONY: install demo test test-all test-wheel check format generate bench bench-privacy bench-recall persona clean
+.PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts \
+	bench-privacy bench-recall persona clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +52,23 @@ generate: install
 
 bench: install
 	$(BIN)/python -m bench.run
+
+# Plans, drafts, the device alone and the cloud alone over emulated links: docs/results/network.json
+bench-network: install
+	$(BIN)/python -m bench.network
+
+# How true the emulated links are, what wire precisions cost, what the doctor foretells, what a thousand cuts do
+bench-link: install
+	$(BIN)/python -m bench.link_accuracy
+
+bench-precision: install
+	$(BIN)/python -m bench.precision
+
+bench-doctor: install
+	$(BIN)/python -m bench.doctor
+
+bench-cuts: install
+	$(BIN)/python -m bench.cuts
 
 # What the cloud can read under each plan: docs/results/privacy.json
 bench-privacy: install

@@ -25,7 +25,7 @@ PLANS = {
 """Rank 64; all seven targets but for the paper's plan, which adapts q, k and v. "entry" is the demo's."""
 
 
-def make_adapter(base: Any, choice: PlanChoice, folder: Path) -> None:
+def make_adapter(base: Any, choice: PlanChoice, folder: Path, core_size: float = CORE_SIZE) -> None:
     """A random basis and random cores: what they hold does not change what they cost."""
     import torch
 
@@ -34,7 +34,7 @@ def make_adapter(base: Any, choice: PlanChoice, folder: Path) -> None:
 
     adapter = new_adapter(base, choice.plan(base.shape.layers), "random", 1.0, 0)
     generator = torch.Generator().manual_seed(1)
-    cores = {name: CORE_SIZE * torch.randn(core.shape, generator=generator) for name, core in adapter.cores.items()}
+    cores = {name: core_size * torch.randn(core.shape, generator=generator) for name, core in adapter.cores.items()}
     write_adapter(replace_cores(adapter, cores), folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -51,6 +52,12 @@ class Cloud:
     @property
     def rss_bytes(self) -> int:
         return psutil.Process(self.pid).memory_info().rss
+
+
+def pin(pid: int, core: int) -> None:
+    """All threads of a process, and those that they will start, on one core."""
+    for thread in psutil.Process(pid).threads():
+        os.sched_setaffinity(thread.id, {core})
 
 
 @contextmanager

@@ -85,19 +85,26 @@ class UnsplitModel:
         return new_adapter(base, ExchangePlan(base.shape.layers, 0, 0, (), ()), "random", 1.0, 0), True
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], count: int) -> tuple[list[int], float, list[float]]:
-        """(tokens, seconds to the first, seconds of each later one)."""
+    def generate(self, prompt: list[int], count: int) -> tuple[list[int], float, list[float], list[float]]:
+        """(tokens, seconds to the first, seconds of each later one, for each the gap between the two best logits)."""
         began = time.perf_counter()
         logits = self.module(torch.tensor(prompt), torch.tensor([0]), self.keys, self.values)
         tokens, length, seconds = [int(logits.argmax())], len(prompt), []
         first = time.perf_counter() - began
+        gaps = [_gap(logits)]
         for _ in range(count - 1):
             began = time.perf_counter()
             logits = self.module(torch.tensor(tokens[-1:]), torch.tensor([length]), self.keys, self.values)
             tokens.append(int(logits.argmax()))
             length += 1
             seconds.append(time.perf_counter() - began)
-        return tokens, first, seconds
+            gaps.append(_gap(logits))
+        return tokens, first, seconds, gaps
+
+
+def _gap(logits: Tensor) -> float:
+    best, second = logits.topk(2).values.tolist()
+    return best - second
 
 
 def _block(adapter: Adapter, index: int) -> Tensor:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plora.artifact.cost import payload
 
-from .relay import Relay
+from .link import Link
+from .profiles import profile
+
+if TYPE_CHECKING:
+    from plora.device_runtime import PrivateSession
 
 
 def socket_bytes(address: str, edge: Path, dtype: str = "fp32") -> dict[str, Any]:
@@ -17,16 +21,18 @@ def socket_bytes(address: str, edge: Path, dtype: str = "fp32") -> dict[str, Any
     and the communication reduction with all of that framing counted against us."""
     from plora.device_runtime import open_session
 
-    with Relay(address) as relay, open_session(edge, relay.address, wire_dtype=dtype) as session:
+    with Link(address, profile("loopback")) as link, open_session(edge, link.address, wire_dtype=dtype) as session:
         session.text.defaults = dataclasses.replace(session.text.defaults, eos_token_ids=())  # always as many tokens as asked for
         counted = []
         for count in (8, 40):
             session.forget()
-            before = _counts(relay)
+            before = _counts(link, session)
             list(session.stream(prompt_within(session.edge.shape.vocabulary), session.sampling(max_tokens=count, temperature=0.0)))
-            time.sleep(0.2)  # what is still on its way through the relay
+            time.sleep(0.2)  # what is still on its way through the link
             assert session.answer is not None
-            counted.append((*(after - own for after, own in zip(_counts(relay), before, strict=True)), len(session.answer.token_ids)))
+            counted.append(
+                (*(after - own for after, own in zip(_counts(link, session), before, strict=True)), len(session.answer.token_ids))
+            )
         short, long = counted
         tokens = long[4] - short[4]
         cost = payload(session.edge.plan, session.edge.shape, dtype)
@@ -47,9 +53,10 @@ def socket_bytes(address: str, edge: Path, dtype: str = "fp32") -> dict[str, Any
     }
 
 
-def _counts(relay: Relay) -> tuple[int, int, int, int]:
-    """Bytes up and down, messages up and down. The device waits once for each message down: these are the round trips."""
-    return relay.up, relay.down, relay.messages["up"].count, relay.messages["down"].count
+def _counts(link: Link, session: PrivateSession) -> tuple[int, int, int, int]:
+    """Bytes up and down, messages up and down. The device waits once for each message down, but for pongs: these are the round trips."""
+    crossed, pings = link.counters(), session._link.pings
+    return crossed.up_bytes, crossed.down_bytes, crossed.up_messages - pings, crossed.down_messages - pings
 
 
 def prompt_within(vocabulary: int) -> list[int]:

@@ -1,7 +1,8 @@
 """A process that generates on request, so that sides of a comparison take turns in one run and share nothing.
 
-`python -m bench.worker unsplit BASE ADAPTER THREADS` or `… split EDGE CLOUD THREADS`; each input line is a JSON object
-{"prompt": [ids], "count": N}, each output line {"tokens", "first_seconds", "seconds", "rss_bytes"}.
+`python -m bench.worker unsplit BASE ADAPTER THREADS` or `… split EDGE CLOUD THREADS`; each input line is a JSON object {"prompt": [ids],
+"count": N} and, for split, optionally {"cloud": address, "speculate": true, "bucket": N, "wire_dtype": D}; each output line {"tokens",
+"first_seconds", "seconds" (of each later token), "rss_bytes"} and, for split, "stats", or for unsplit "gaps" (between the two best logits).
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-Generate = Callable[[list[int], int], tuple[list[int], float, list[float]]]
+Generate = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def unsplit(base: str, adapter: str, threads: int) -> Generate:
@@ -25,24 +27,49 @@ def unsplit(base: str, adapter: str, threads: int) -> Generate:
     from .unsplit import UnsplitModel
 
     torch.set_num_threads(threads)
-    return UnsplitModel(base, Path(adapter)).generate
+    model = UnsplitModel(base, Path(adapter))
+
+    def generate(request: dict[str, Any]) -> dict[str, Any]:
+        tokens, first, seconds, gaps = model.generate(request["prompt"], request["count"])
+        return {"tokens": tokens, "first_seconds": first, "seconds": seconds, "gaps": gaps}
+
+    return generate
 
 
-def split(edge: str, cloud: str, threads: int) -> Generate:
-    from plora.device_runtime import open_session
+def split(edge_folder: str, cloud: str, threads: int) -> Generate:
+    from plora.device_runtime.api import PrivateSession
+    from plora.device_runtime.drafts import NgramDrafts
+    from plora.device_runtime.edge import Edge
+    from plora.protocol import read_precision
 
-    session = open_session(edge, cloud, threads=threads)
-    session.text.defaults = type(session.text.defaults)((), {}, None, None, None, None, None)  # no end token: always `count`
+    edge = Edge(Path(edge_folder), threads=threads)
+    opened: dict[str, Any] = {}
 
-    def generate(prompt: list[int], count: int) -> tuple[list[int], float, list[float]]:
+    def session_for(request: dict[str, Any]) -> PrivateSession:
+        """The last one, unless another is asked for."""
+        wanted = (request.get("cloud", cloud), request.get("bucket"), request.get("wire_dtype", "fp32"))
+        if opened.get("wanted") != wanted:
+            if opened:
+                opened["session"].close()
+            address, bucket, dtype = wanted
+            session = PrivateSession(edge, address, read_precision(dtype), bucket=bucket)
+            session.text.defaults = type(session.text.defaults)((), {}, None, None, None, None, None)  # no end token: always `count`
+            opened.update(wanted=wanted, session=session)
+        return opened["session"]
+
+    def generate(request: dict[str, Any]) -> dict[str, Any]:
+        session = session_for(request)
+        session.drafter = NgramDrafts() if request.get("speculate") else None
         stamps = [time.perf_counter()]
-        pieces = session.stream(prompt, session.sampling(max_tokens=count, temperature=0.0))
         tokens = []
-        for piece in pieces:
+        for piece in session.stream(request["prompt"], session.sampling(max_tokens=request["count"], temperature=0.0)):
             stamps.append(time.perf_counter())
             tokens.append(piece.token_id)
+        assert session.answer is not None
+        stats = asdict(session.answer.stats)
         session.forget()
-        return tokens, stamps[1] - stamps[0], [b - a for a, b in zip(stamps[1:], stamps[2:], strict=False)]
+        later = [b - a for a, b in zip(stamps[1:], stamps[2:], strict=False)]
+        return {"tokens": tokens, "first_seconds": stamps[1] - stamps[0], "seconds": later, "stats": stats}
 
     return generate
 
@@ -52,10 +79,7 @@ def main() -> None:
     generate = {"unsplit": unsplit, "split": split}[kind](*where, int(threads))
     print("ready", flush=True)
     for line in sys.stdin:
-        request = json.loads(line)
-        tokens, first, seconds = generate(request["prompt"], request["count"])
-        rss = psutil.Process().memory_info().rss
-        print(json.dumps({"tokens": tokens, "first_seconds": first, "seconds": seconds, "rss_bytes": rss}), flush=True)
+        print(json.dumps({**generate(json.loads(line)), "rss_bytes": psutil.Process().memory_info().rss}), flush=True)
 
 
 class Worker:
@@ -72,9 +96,9 @@ class Worker:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def generate(self, prompt: list[int], count: int) -> dict[str, Any]:
+    def generate(self, prompt: list[int], count: int, **options: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompt": prompt, "count": count}) + "\n")
+        self.process.stdin.write(json.dumps({"prompt": prompt, "count": count, **options}) + "\n")
         self.process.stdin.flush()
         return json.loads(self._line())
 

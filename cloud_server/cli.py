@@ -27,6 +27,13 @@ def main() -> None:
 @click.option("--context", type=int, metavar="TOKENS", help="KV cache of one session. [default: the model's context, at most 2048]")
 @click.option("--threads", default=0, metavar="N", help="Threads of one matrix product. [default: torch's choice]")
 @click.option("--idle-seconds", default=300.0, show_default=True, metavar="S", help="A session that is silent for so long expires.")
+@click.option(
+    "--lease-seconds",
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="How long a session outlives its connection, so that a device whose link broke goes on where it was; 0 for not at all.",
+)
 @click.option("--grace-seconds", default=10.0, show_default=True, metavar="S", help="Time for running steps after SIGTERM.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object once ready, instead of a line.")
 @click.option("--verbose", is_flag=True, help="Log sessions to standard error (never text, tokens or activations).")
@@ -38,6 +45,7 @@ def serve(
     context: int | None,
     threads: int,
     idle_seconds: float,
+    lease_seconds: float,
     grace_seconds: float,
     as_json: bool,
     verbose: bool,
@@ -52,7 +60,8 @@ def serve(
     from .service import Limits
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    config = ServerConfig(folder, listen, kv_bytes, context, threads, grace_seconds, Limits(idle_seconds=idle_seconds))
+    limits = Limits(idle_seconds=idle_seconds, lease_seconds=lease_seconds)
+    config = ServerConfig(folder, listen, kv_bytes, context, threads, grace_seconds, limits)
 
     def ready(address: str, engine: Engine) -> None:
         pool = engine.pool

@@ -50,6 +50,8 @@ class ServerConfig:
             raise UsageError(f"--kv-bytes {self.kv_bytes}: expected more than 0")
         if not 0 < self.limits.idle_seconds <= MAX_IDLE_SECONDS:
             raise UsageError(f"--idle-seconds {self.limits.idle_seconds}: expected above 0 and at most {MAX_IDLE_SECONDS:,}")
+        if not 0 <= self.limits.lease_seconds <= MAX_IDLE_SECONDS:
+            raise UsageError(f"--lease-seconds {self.limits.lease_seconds}: expected 0 (no lease) to {MAX_IDLE_SECONDS:,}")
         if self.threads < 0 or not 0 <= self.grace_seconds < math.inf:
             raise UsageError(f"--threads {self.threads}, --grace-seconds {self.grace_seconds}: expected 0 or more, and finite")
 
@@ -93,7 +95,7 @@ async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> N
         await health.set(name, serving)
     ready(f"{config.listen.rpartition(':')[0]}:{port}", engine)
     await stop.wait()
-    log.info("stopping: %d connections", len(service.connections))
+    log.info("stopping: %d connections", len(service.carriers))
     await health.enter_graceful_shutdown()
     await service.stop(config.grace_seconds)
     await server.stop(1.0)

@@ -1,4 +1,4 @@
-"""One stream is one session: reads frames, walks the step, writes frames; releases the slot on every way out."""
+"""The door and the house: who comes in on a stream, which session it carries, and when its time is over."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import grpc.aio
-
-from ..artifact.errors import NotFinite, PloraError, RemoteProtocolError
-from ..artifact.plan import Exchange, Segment
-from ..artifact.walk import Exit, walk
-from ..protocol.events import Aborted, CancelAsked, CloseAsked, Event, Greeting, InjectionsArrived, StepBegun, Terms, Truncated
-from ..protocol.limits import SESSION_BYTES
+from ..artifact.errors import RemoteProtocolError
+from ..artifact.plan import Segment
+from ..artifact.walk import walk
+from ..protocol.events import Greeting, Terms
+from ..protocol.limits import SESSION_BYTES, WINDOW
 from ..protocol.roles import CloudSession
+from ..protocol.session import is_ping
 from ..protocol.states import State
+from .carrier import Carrier, Gone
 from .engine import Engine, Row
+from .session import STOPPING, Session
 
 log = logging.getLogger("plora.cloud")
 
@@ -29,25 +30,20 @@ INLINE_WEIGHT_BYTES = 64 << 20
 back costs 0.1 ms, a tenth of what one decode token takes in one layer of SmolLM2. Anything longer would keep others waiting."""
 
 RETRY_AFTER_MILLIS = 1_000
-STOPPING = "the server is shutting down; connect to another one, or again later"
-
 WATCH_SECONDS = 0.25
 """How often deadlines are looked at. One watch for all connections: a timer per frame would be felt in every exchange."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """hello_seconds: for a device to greet; idle_seconds: for any later frame; write_seconds: for a peer to take one;
-    connections: open streams at the most, greeted or not."""
+    """hello_seconds: for a device to greet; idle_seconds: for any later frame; write_seconds: for a peer to take one; lease_seconds:
+    how long a session outlives its connection, 0 for not at all; connections: open streams at the most, greeted or not."""
 
     hello_seconds: float = 10.0
     idle_seconds: float = 300.0
     write_seconds: float = 30.0
+    lease_seconds: float = 60.0
     connections: int = 1024
-
-
-class Gone(Exception):
-    """The peer is no longer there."""
 
 
 class Service:
@@ -58,26 +54,124 @@ class Service:
         self.limits = limits
         self.stages = walk(engine.plan)
         self.stopping = False
-        self.connections: set[Connection] = set()
+        self.carriers: set[Carrier] = set()
+        self.sessions: dict[bytes, Session] = {}
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plora-engine")
 
     async def exchange(self, _: Any, context: Any) -> None:
-        """The gRPC method's handler: one call of it per stream."""
-        connection = Connection(self, context)
-        self.connections.add(connection)
+        """The gRPC method's handler: one call of it per stream. It reads; what the session has to say it writes itself."""
+        carrier = Carrier(context)
+        self.carriers.add(carrier)
         try:
-            await connection.serve()
+            session = await self._admit(carrier)
+            while session is not None and not carrier.gone:
+                data = await carrier.read()
+                session.heard_at = time.monotonic()
+                if is_ping(data):
+                    await session.ping(data)
+                else:
+                    await carrier.push(data)
+        except Gone:
+            pass
+        except asyncio.CancelledError:
+            if not carrier.gone and not self.stopping:
+                raise  # the peer has ended the call
         finally:
-            self.connections.discard(connection)
+            carrier.end()
+            self.carriers.discard(carrier)
+
+    # The door
+
+    async def _admit(self, carrier: Carrier) -> Session | None:
+        """The session that this connection carries from now on; None for a peer that was refused, or left."""
+        contract = self.engine.contract
+        door = CloudSession(contract.plan, contract.shape, contract.hash)
+        try:
+            if len(self.carriers) > self.limits.connections:
+                return await self._refuse(
+                    carrier, door, "FULL", f"{self.limits.connections} connections are open, the most that are served"
+                )
+            if self.stopping:
+                return await self._refuse(carrier, door, "STOPPING", STOPPING)
+            carrier.due = time.monotonic() + self.limits.hello_seconds
+            greeting = door.receive(await carrier.read())
+            carrier.due = None
+            if not isinstance(greeting, Greeting):  # it gave up before it began
+                return None
+            return await (self._take_up if greeting.session else self._open)(carrier, door, greeting)
+        except RemoteProtocolError as error:
+            log.info("connection refused: %s", error.code)
+            return await self._refuse(carrier, door, error.code, str(error))
+        except asyncio.CancelledError:
+            if carrier.due is None or time.monotonic() < carrier.due:
+                if self.stopping:
+                    return await self._refuse(carrier, door, "STOPPING", STOPPING)
+                raise
+            return await self._refuse(carrier, door, "EXPIRED", f"no frame for {self.limits.hello_seconds:g} s; begin a new session")
+
+    async def _open(self, carrier: Carrier, door: CloudSession, greeting: Greeting) -> Session | None:
+        """Admission: a KV slot, before any work."""
+        pool = self.engine.pool
+        slot = pool.take()
+        if slot is None:
+            used = pool.slots * pool.slot_bytes
+            detail = f"all {pool.slots} sessions ({used:,} bytes of KV cache) are taken; try again"
+            return await self._refuse(carrier, door, "FULL", detail, RETRY_AFTER_MILLIS)
+        terms = Terms(
+            greeting.precision,
+            pool.context_tokens,
+            self.engine.step_tokens,
+            int(self.limits.idle_seconds * 1000),
+            os.urandom(SESSION_BYTES),
+            int(self.limits.lease_seconds * 1000) if greeting.resume else 0,
+            WINDOW if greeting.resume else 1,
+        )
+        welcome = door.welcome(terms)
+        session = self.sessions[terms.session] = Session(self, door, slot, carrier)
+        try:
+            await carrier.write(welcome, self.limits.write_seconds)
+        except BaseException:
+            session.end("INTERNAL", "the welcome was not taken")  # nobody knows its id
+            raise
+        return session
+
+    async def _take_up(self, carrier: Carrier, door: CloudSession, greeting: Greeting) -> Session | None:
+        session = self.sessions.get(greeting.session)
+        if session is None:  # never was, or is over: whoever guesses ids learns nothing
+            return await self._refuse(carrier, door, "EXPIRED", "no such session; begin a new one")
+        await session.take_up(carrier, greeting)
+        return session
+
+    async def _refuse(self, carrier: Carrier, door: CloudSession, code: str, detail: str, retry_after_millis: int = 0) -> None:
+        if door.state is State.OVER:
+            return
+        try:
+            await carrier.write(door.fault(code, detail, retry_after_millis), 1.0)
+        except Gone:
+            pass
+
+    # The house
+
+    def release(self, session: Session) -> None:
+        """Gives the slot back, zeroed by the engine's thread: a long session's slot can take a while."""
+        terms = session.machine.terms
+        if terms is not None and self.sessions.pop(terms.session, None) is not None:
+            self.worker.submit(self.engine.pool.give_back, session.slot)
 
     async def watch(self) -> None:
-        """Ends connections whose peer is past its deadline; runs as long as the server."""
+        """Ends what is past its time; runs as long as the server."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             now = time.monotonic()
-            for connection in list(self.connections):
-                if connection.due is not None and now > connection.due:
-                    connection.task.cancel()
+            for carrier in list(self.carriers):
+                if carrier.due is not None and now > carrier.due:
+                    carrier.late()
+            for session in list(self.sessions.values()):
+                if session.lost_at is not None and now - session.lost_at > self.limits.lease_seconds:
+                    session.end("EXPIRED", f"no connection for {self.limits.lease_seconds:g} s, its lease; begin a new session")
+                elif not session.computing and now - session.heard_at > self.limits.idle_seconds:
+                    what = f"no frame for {self.limits.idle_seconds:g} s, the most that is allowed here; begin a new session"
+                    session.end("EXPIRED", what)
 
     async def compute(self, work: Callable[..., Any], segment: Segment, rows: list[Row]) -> Any:
         """`work(segment index, rows)`, on the event loop if it is short, else on the engine's thread."""
@@ -94,178 +188,21 @@ class Service:
     async def stop(self, grace_seconds: float) -> None:
         """No new sessions; idle ones end now, running steps may finish within the grace."""
         self.stopping = True
-        for connection in list(self.connections):
-            connection.nudge()
+        for session in list(self.sessions.values()):
+            if session.lost_at is not None:
+                session.end("STOPPING", STOPPING)
+            else:
+                session.nudge()
         deadline = asyncio.get_running_loop().time() + grace_seconds
-        while self.connections and asyncio.get_running_loop().time() < deadline:
+        while self.sessions and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        for connection in list(self.connections):
-            connection.task.cancel()
+        for session in list(self.sessions.values()):
+            session.end("STOPPING", STOPPING)
+        for carrier in list(self.carriers):
+            if not carrier.gone:  # else its handler is on its way out, behind a last word
+                carrier.task.cancel()
+        if tasks := [*(session.task for session in self.sessions.values()), *(carrier.task for carrier in self.carriers)]:
+            await asyncio.wait(tasks, timeout=1.0)
 
     def close(self) -> None:
         self.worker.shutdown(wait=True)
-
-
-class Connection:
-    """One stream and its session."""
-
-    def __init__(self, service: Service, context: Any) -> None:
-        self.service = service
-        self.context = context
-        contract = service.engine.contract
-        self.machine = CloudSession(contract.plan, contract.shape, contract.hash)
-        self.slot: int | None = None
-        self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
-        self.due: float | None = None  # until when the peer may take to send a frame, or to take one
-        self.reading = False
-
-    async def serve(self) -> None:
-        """Until the session is over, whoever ends it. Never raises for what a peer does."""
-        try:
-            if len(self.service.connections) > self.service.limits.connections:
-                await self.fault("FULL", f"{self.service.limits.connections} connections are open, the most that are served")
-                return
-            event: Event | None = None
-            while self.machine.state is not State.OVER:
-                if self.service.stopping and self.machine.state in (State.START, State.GREETED, State.READY):
-                    await self.fault("STOPPING", STOPPING)
-                    break
-                event = await self.handle(event or await self.receive())
-        except RemoteProtocolError as error:
-            log.info("session refused: %s", error.code)
-            await self.fault(error.code, str(error))
-        except Gone:
-            pass
-        except asyncio.CancelledError:
-            if self.due is not None and time.monotonic() > self.due:
-                await self.expire()
-            elif self.service.stopping:
-                await self.fault("STOPPING", STOPPING)
-            else:
-                raise
-        except NotFinite as error:
-            await self.fault("BAD_TENSOR", f"what the device sent makes values that are not finite: {error}")
-        except PloraError as error:
-            log.error("session failed: %s", type(error).__name__)
-            await self.fault("INTERNAL", f"{type(error).__name__}: {error}")
-        except Exception as error:  # whatever it was, the session ends by name and the others go on
-            log.exception("session failed")
-            await self.fault("INTERNAL", type(error).__name__)
-        finally:
-            self.release()
-
-    def release(self) -> None:
-        """Gives the slot back, zeroed by the engine's thread: a long session's slot can take a while."""
-        if self.slot is not None:
-            self.service.worker.submit(self.service.engine.pool.give_back, self.slot)
-            self.slot = None
-
-    def nudge(self) -> None:
-        """Wakes a connection that waits for a device between steps, so that it sees that the server stops."""
-        if self.reading and self.machine.state in (State.START, State.GREETED, State.READY):
-            self.task.cancel()
-
-    async def handle(self, event: Event) -> Event | None:
-        """One event; returns the next one if it was read already."""
-        match event:
-            case Greeting():
-                await self.open(event)
-            case StepBegun():
-                return await self.step(event)
-            case CancelAsked():
-                await self.write(self.machine.cancelled())
-            case CloseAsked():
-                await self.write(self.machine.closed())
-            case Aborted(code):
-                log.info("a device gave up: %s", code)
-            case Truncated():
-                pass
-            case _:
-                raise AssertionError(f"the machine let {event} through")
-        return None
-
-    async def open(self, greeting: Greeting) -> None:
-        """Admission: a KV slot, before any work."""
-        pool = self.service.engine.pool
-        slot = pool.take()
-        if slot is None:
-            used = pool.slots * pool.slot_bytes
-            await self.fault("FULL", f"all {pool.slots} sessions ({used:,} bytes of KV cache) are taken; try again", RETRY_AFTER_MILLIS)
-            return
-        self.slot = slot
-        engine = self.service.engine
-        await self.write(
-            self.machine.welcome(
-                Terms(
-                    greeting.dtype,
-                    pool.context_tokens,
-                    engine.step_tokens,
-                    int(self.service.limits.idle_seconds * 1000),
-                    os.urandom(SESSION_BYTES),
-                )
-            )
-        )
-
-    async def step(self, begun: StepBegun) -> Event | None:
-        """Walks one step. Returns the event that ended it early (cancel, close, abort), else None."""
-        engine, compute, stages = self.service.engine, self.service.compute, self.service.stages
-        assert self.slot is not None
-        row = engine.begin(self.slot, begun.position, begun.hidden, begun.injection)
-        for stage, following in zip(stages, (*stages[1:], None), strict=True):
-            if isinstance(stage, Exchange):
-                assert isinstance(following, Segment)  # an exchange starts a segment
-                (compressed,) = await compute(engine.open, following, [row])
-                await self.write(self.machine.compressed(compressed))
-                await compute(engine.ahead, following, [row])
-                event = await self.receive()
-                if not isinstance(event, InjectionsArrived):
-                    return event
-                engine.inject(row, stage.index, event.values)
-            elif isinstance(stage, Segment):
-                await compute(engine.run if stage.exchange is not None else engine.through, stage, [row])
-            elif isinstance(stage, Exit):
-                await self.write(self.machine.exit(engine.exit(row, begun.exit_rows)))
-        return None
-
-    async def receive(self) -> Event:
-        limits = self.service.limits
-        self.due = time.monotonic() + (limits.hello_seconds if self.machine.state is State.START else limits.idle_seconds)
-        self.reading = True
-        try:
-            data = await self.context.read()
-        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
-            raise Gone from None
-        finally:
-            self.reading = False
-        self.due = None
-        if not isinstance(data, bytes):
-            raise Gone
-        return self.machine.receive(data)
-
-    async def write(self, data: bytes) -> None:
-        self.due = time.monotonic() + self.service.limits.write_seconds
-        try:
-            await self.context.write(data)
-        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
-            raise Gone from None
-        self.due = None
-
-    async def expire(self) -> None:
-        """Says that the session is gone; to a peer that takes nothing, for a moment only."""
-        limits = self.service.limits
-        what = f"no frame for {limits.hello_seconds if self.machine.state is State.START else limits.idle_seconds:g} s"
-        log.info("session expired: %s", what)
-        try:
-            async with asyncio.timeout(1.0):
-                await self.fault("EXPIRED", f"{what}, the most that is allowed here; begin a new session")
-        except TimeoutError:
-            pass
-
-    async def fault(self, code: str, detail: str, retry_after_millis: int = 0) -> None:
-        """Says why the session is over, if anyone is still there to hear it."""
-        if self.machine.state is State.OVER:
-            return
-        try:
-            await self.write(self.machine.fault(code, detail, retry_after_millis))
-        except Gone:
-            pass

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Coroutine, Iterator
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..artifact.errors import ContextOverflow, PloraError, UsageError
+from ..protocol import DeviceSession, Precision, Terms, read_precision
+from .drafts import Draft, Drafter, require_vocabulary
 from .edge import Edge
+from .link import Link
 from .runner import Runner
 from .sampling import Sampler, Sampling, choose_sampling
+from .speculation import DraftLength, verify
 from .stepper import Stepper
 from .text import Stream, Text
-from .transport import Deadlines, Transport
+from .transport import Deadlines
 
 T = TypeVar("T")
+Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stats:
-    """Of one answer. ttft_seconds: from the call to the first token; tokens_per_second: of the tokens after it;
-    bytes: frames, without gRPC's framing; cached_tokens: prompt tokens that the cloud still had."""
+    """Of one answer. ttft_seconds: from the call to the first token; tokens_per_second: of the tokens after it; bytes: frames, without
+    gRPC's framing; cached_tokens: prompt tokens that the cloud still had; …_per_token and what follows: of the tokens after the first.
+    steps: that they took; drafted, accepted: tokens that speculation guessed, and guessed right; cloud_seconds: that the cloud computed,
+    as it says; reconnections: since the answer was asked for."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -43,6 +54,11 @@ class Stats:
     bytes_up_per_token: float
     bytes_down_per_token: float
     round_trips_per_token: float
+    steps: int
+    drafted_tokens: int
+    accepted_tokens: int
+    cloud_seconds: float
+    reconnections: int
 
 
 @dataclass(frozen=True)
@@ -63,29 +79,62 @@ class Answer:
 class PrivateSession:
     """A session with the cloud. Use it from one thread; close it, or use it as a context manager."""
 
-    def __init__(self, edge: Edge, cloud: str, wire_dtype: str = "fp32", deadlines: Deadlines | None = None) -> None:
+    def __init__(
+        self,
+        edge: Edge,
+        cloud: str,
+        precision: Precision = Precision(),  # noqa: B008  frozen
+        deadlines: Deadlines | None = None,
+        *,
+        drafter: Drafter | None = None,
+        bucket: int | None = None,
+        on_state: Callable[[str], None] = lambda state: None,
+    ) -> None:
+        if drafter is not None:
+            require_vocabulary(drafter, edge.shape.vocabulary)
+        if bucket is not None and bucket < 1:
+            raise UsageError(f"steps of {bucket} tokens, expected at least 1")
         self.edge = edge
         self.text = Text(edge.folder, edge.manifest)
-        self._transport = Transport(cloud, deadlines or Deadlines())
-        self._stepper = Stepper(edge, self._transport, wire_dtype)
+        self.drafter = drafter
+        self._length = DraftLength()
+
+        def machine() -> DeviceSession:
+            return DeviceSession(edge.plan, edge.shape, edge.contract.hash, precision)
+
+        self._link = Link(cloud, deadlines or Deadlines(), machine, on_state)
+        self._stepper = Stepper(edge, self._link, bucket)
         self._runner = Runner(self._interrupt)
         self._closed = False
-        self._connected = False
-        self._cached: list[int] = []  # tokens whose keys and values the cloud holds
         self.answer: Answer | None = None
         try:
-            self._run(self._transport.connect())
-            self._connected = True
-            self.terms = self._run(self._stepper.open())
+            self._run(self._stepper.open())
+            if bucket is not None and not bucket <= min(self.terms.step_tokens, self._stepper.context_tokens):
+                raise UsageError(f"steps of {bucket} tokens, but the cloud takes {self.terms.step_tokens} at most; choose fewer")
         except BaseException:
-            self._run(self._transport.close())
+            self._run(self._stepper.close())
             self._runner.close()
             raise
 
+    @property
+    def terms(self) -> Terms:
+        """Of the present session with the cloud."""
+        return self._stepper.terms
+
+    @property
+    def state(self) -> str:
+        """connected, reconnecting or replaying (link.py)."""
+        return self._link.state
+
+    def reconnect(self) -> None:
+        """For an app that is told that the network changed: the connection is given up now, and not when it is found silent."""
+        if self._link.transport is not None:
+            self._link.transport.fail("the app says that the network changed")
+
     def _interrupt(self) -> None:
         """Ctrl-C: wakes whoever waits for a frame; nobody does before there is a connection."""
-        if self._connected:
-            self._transport.interrupt()
+        if self._link.transport is not None:
+            self._link.interrupt()
         elif self._runner.task is not None:
             self._runner.task.cancel()
 
@@ -111,7 +160,7 @@ class PrivateSession:
         Raises ContextOverflow before anything is sent if the prompt does not fit.
         """
         sampling = sampling or self.sampling()
-        context = min(self.terms.context_tokens, self.edge.shape.context_tokens)
+        context = self._stepper.context_tokens
         if not 1 <= len(prompt) < context:
             raise ContextOverflow(
                 f"a prompt of {len(prompt)} tokens, expected 1..{context - 1} (the model's context is {self.edge.shape.context_tokens}, "
@@ -129,55 +178,65 @@ class PrivateSession:
         sampler, stream = Sampler(sampling), Stream(self.text, sampling.stop)
         self.answer = None
         new: list[int] = []
-        reason = "length"
         try:
             kept, logits = self._prefill(prompt)
-            while True:
-                token = sampler.choose(logits, prompt + new)
+            chosen = deque([sampler.choose(logits, prompt)])
+            clock.first_token()
+            reason = None
+            while reason is None:
+                if not chosen:
+                    chosen.extend(self._step(prompt + new, sampler, max_tokens - len(new), clock))
+                token = chosen.popleft()
                 new.append(token)
                 clock.token()
+                piece = ""
                 if token in self.text.defaults.eos_token_ids:
                     reason = "stop"
-                    yield Piece(token, stream.finish())
-                    break
-                piece = stream.push(token)
-                last = stream.stopped or len(new) == max_tokens
-                if last:
-                    reason = "stop_text" if stream.stopped else "length"
-                    yield Piece(token, piece + stream.finish())
-                    break
-                yield Piece(token, piece)
-                logits = self._feed([token])
+                else:
+                    piece = stream.push(token)
+                    reason = "stop_text" if stream.stopped else "length" if len(new) == max_tokens else None
+                yield Piece(token, piece if reason is None else piece + stream.finish())
         except KeyboardInterrupt:
             self._run(self._stepper.cancel())
             raise
+        finally:
+            self._stepper.keep(len(prompt) + len(new))  # drafts behind the last token are of no use
         self.answer = Answer(stream.whole, prompt, new, reason, clock.stats(prompt, kept, new))
 
-    def _prefill(self, prompt: list[int]) -> tuple[int, Any]:
-        """Sends what the cloud has not cached, in chunks. Returns (tokens kept, logits [V] after the last)."""
-        kept = 0
-        while kept < min(len(self._cached), len(prompt) - 1) and self._cached[kept] == prompt[kept]:
+    def _prefill(self, prompt: list[int]) -> tuple[int, Logits]:
+        """Sends what the cloud has not cached. Returns (tokens kept, logits [V] after the last)."""
+        cached, kept = self._stepper.history, 0
+        while kept < min(len(cached), len(prompt) - 1) and cached[kept] == prompt[kept]:
             kept += 1
-        if kept < self._stepper.machine.length:  # more than `_cached` if Ctrl-C came as a step ended
-            self._run(self._stepper.truncate(kept))
-            del self._cached[kept:]
-        rest = prompt[kept:]
-        size = self.terms.step_tokens
-        while len(rest) > size:
-            self._feed(rest[:size], wanted=False)
-            rest = rest[size:]
-        return kept, self._feed(rest)
+        return kept, self._logits(prompt[kept:], 1, kept)[-1]
 
-    def _feed(self, ids: list[int], wanted: bool = True) -> Any:
-        """One step; logits [V] after its last token if wanted."""
-        exit_rows = self._run(self._stepper.step(ids, 1 if wanted else 0))
-        self._cached += ids
-        return self.edge.logits(exit_rows)[-1] if wanted else None
+    def _step(self, tokens: list[int], sampler: Sampler, wanted: int, clock: _Clock) -> list[int]:
+        """At least one token to follow `tokens`, of which the cloud has all but the last; one round trip and the plan's exchanges."""
+        began = time.perf_counter()
+        cached = len(tokens) - 1
+        draft = Draft()
+        if self.drafter is not None:
+            room = min(wanted - 1, self._stepper.context_tokens - len(tokens), self.terms.step_tokens - 1)
+            count = min(self._length.choose(self.drafter.match(tokens)), room)
+            draft = self.drafter.propose(tokens, count, sampler.sampling) if count > 0 else Draft(matched=self.drafter.match(tokens))
+        logits = self._logits([tokens[-1], *draft.ids], len(draft.ids) + 1, cached)
+        verdict = verify(sampler, logits, tokens, draft)
+        self._stepper.keep(cached + 1 + verdict.accepted)
+        if self.drafter is not None:
+            self._length.observe(len(draft.ids), verdict.accepted, draft.matched, time.perf_counter() - began)
+        clock.step(len(draft.ids), verdict.accepted)
+        return verdict.tokens
+
+    def _logits(self, ids: list[int], rows: int, position: int) -> Logits:
+        """Feeds `ids` behind the first `position` tokens; logits [rows, V] after the last of them."""
+        residual = self._run(self._stepper.feed(ids, rows, position))
+        if self._stepper.bucket is None:
+            return self.edge.logits(residual)
+        return np.concatenate([self.edge.logits(row[None]) for row in residual])  # one shape, one result
 
     def forget(self) -> None:
-        """Empties the cloud's cache of this session, so that the next prompt is sent whole."""
-        self._run(self._stepper.truncate(0))
-        self._cached.clear()
+        """Makes nothing of the cloud's cache of this session be used: the next prompt is sent whole."""
+        self._stepper.keep(0)
 
     def close(self) -> None:
         """Releases the session in the cloud; safe to call twice."""
@@ -198,36 +257,47 @@ class _Clock:
 
     def __init__(self, session: PrivateSession) -> None:
         self.session = session
-        self.began = time.perf_counter()
-        self.before = self._counts()
-        self.first: tuple[float, tuple[int, int, int, int]] | None = None
+        self.began = self.last = time.perf_counter()
+        self.before = self.at_first = self._counts()
+        self.reconnections = session._link.reconnections
+        self.steps = self.drafted = self.accepted = self.cloud_micros = 0
 
-    def _counts(self) -> tuple[int, int, int, int]:
-        transport, counters = self.session._transport, self.session._stepper.counters
-        return transport.bytes_up, transport.bytes_down, counters.round_trips, counters.steps
+    def _counts(self) -> tuple[int, int, int]:
+        link = self.session._link
+        return link.bytes_up, link.bytes_down, self.session._stepper.counters.round_trips
+
+    def first_token(self) -> None:
+        self.first, self.at_first = time.perf_counter(), self._counts()
 
     def token(self) -> None:
-        if self.first is None:
-            self.first = (time.perf_counter(), self._counts())
         self.last = time.perf_counter()
 
+    def step(self, drafted: int, accepted: int) -> None:
+        self.steps += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.cloud_micros += self.session._stepper.cloud_micros
+
     def stats(self, prompt: list[int], kept: int, new: list[int]) -> Stats:
-        assert self.first is not None  # an answer has a token
         now = self._counts()
-        first_at, at_first = self.first
-        up, down, trips, steps = (after - before for after, before in zip(now, at_first, strict=True))
-        per_step = 1 / steps if steps else 0.0
+        up, down, trips = (after - before for after, before in zip(now, self.at_first, strict=True))
+        later = max(len(new) - 1, 1)
         return Stats(
             prompt_tokens=len(prompt),
             cached_tokens=kept,
             new_tokens=len(new),
-            ttft_seconds=first_at - self.began,
-            tokens_per_second=(len(new) - 1) / (self.last - first_at) if len(new) > 1 else 0.0,
+            ttft_seconds=self.first - self.began,
+            tokens_per_second=(len(new) - 1) / (self.last - self.first) if len(new) > 1 else 0.0,
             bytes_up=now[0] - self.before[0],
             bytes_down=now[1] - self.before[1],
-            bytes_up_per_token=up * per_step,
-            bytes_down_per_token=down * per_step,
-            round_trips_per_token=trips * per_step,
+            bytes_up_per_token=up / later,
+            bytes_down_per_token=down / later,
+            round_trips_per_token=trips / later,
+            steps=self.steps,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+            cloud_seconds=self.cloud_micros / 1e6,
+            reconnections=self.session._link.reconnections - self.reconnections,
         )
 
 
@@ -241,14 +311,20 @@ def open_session(
     threads: int = 1,
     wire_dtype: str = "fp32",
     deadlines: Deadlines | None = None,
+    drafter: Drafter | None = None,
+    bucket: int | None = None,
+    on_state: Callable[[str], None] = lambda state: None,
 ) -> PrivateSession:
     """Opens the edge half at `edge` and a session with the cloud at `cloud` (host:port).
 
-    cores: another persona's file; base_only: no persona; graphs: "onnx" or "ort"; threads: of the head's product and the device's layers.
-    Raises ArtifactError, Refused, Unreachable and their children.
+    cores: another persona's file; base_only: no persona; graphs: "onnx" or "ort"; threads: of the head's product and the device's layers;
+    wire_dtype: of all tensors, or by kind ("entry=fp16,injections=int8", protocol/precision.py); drafter: several tokens per step, without
+    loss (drafts.py); bucket: every step padded to so many tokens, for answers that are equal bit for bit; on_state: told when the link
+    breaks and comes back (link.py).
+    Raises ArtifactError, UsageError, Refused, Unreachable and their children.
     """
     opened = Edge(Path(edge), Path(cores) if cores is not None else None, base_only, graphs, threads)
-    return PrivateSession(opened, cloud, wire_dtype, deadlines)
+    return PrivateSession(opened, cloud, read_precision(wire_dtype), deadlines, drafter=drafter, bucket=bucket, on_state=on_state)
 
 
 __all__ = ["Answer", "Piece", "PloraError", "PrivateSession", "Stats", "open_session"]

@@ -15,6 +15,9 @@ from ..artifact.console import CLICK_CONTEXT, reports_errors
 if TYPE_CHECKING:
     from .api import Piece, PrivateSession
 
+BUCKET_TOKENS = 8
+"""Of --deterministic: a step of 8 tokens takes little longer than one of 1, and few of its rows are padding where drafts fill them."""
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -38,10 +41,29 @@ def session_options(function: Command) -> Command:
         ),
         click.option(
             "--wire-dtype",
-            type=click.Choice(["fp32", "fp16", "bf16"]),
             default="fp32",
             show_default=True,
-            help="Of tensors on the network.",
+            metavar="DTYPE",
+            help="Of tensors on the network: fp32, fp16, bf16 or int8; or by kind, as in entry=fp16,injections=int8,exit=fp16.",
+        ),
+        click.option(
+            "--speculate/--no-speculate",
+            default=True,
+            show_default=True,
+            help="Guess tokens from the conversation and have several checked in one step: the same answer, sooner.",
+        ),
+        click.option(
+            "--deterministic",
+            is_flag=True,
+            help=f"Pad every step to {BUCKET_TOKENS} tokens: answers equal bit for bit, however the link breaks. Slower, more bytes.",
+        ),
+        click.option(
+            "--give-up-seconds",
+            type=click.FloatRange(0, min_open=True),
+            default=60.0,
+            show_default=True,
+            metavar="S",
+            help="How long to try for a link that broke.",
         ),
         click.option(
             "--threads", type=click.IntRange(1), metavar="N", help="Threads for the output head and the device's layers. [default: up to 4]"
@@ -93,7 +115,7 @@ def generate(prompt: str, system: str | None, raw: bool, as_json: bool, stats: b
 @reports_errors
 def chat(system: str | None, stats: bool, **options: Any) -> None:
     """Talk. Ctrl-C ends an answer, Ctrl-D the conversation; /reset forgets it."""
-    from ..artifact.errors import ContextOverflow, SessionExpired
+    from ..artifact.errors import ContextOverflow
 
     session = open_from(options)
     try:
@@ -117,15 +139,39 @@ def chat(system: str | None, stats: bool, **options: Any) -> None:
             except ContextOverflow as error:
                 click.echo(f"error: {error}; /reset begins anew", err=True)
                 continue
-            except SessionExpired:  # the conversation is here: a new session takes it up where it was
-                session.close()
-                session = open_from(options)
-                said = speak(session, session.stream_chat(asked, sampling))
             messages = [*asked, {"role": "assistant", "content": said}]
             if stats and session.answer:
                 print_stats(session)
     finally:
         session.close()
+
+
+@main.command()
+@click.option(
+    "--edge",
+    "edges",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="An `edge` folder: first that of the cloud's other half, then any others of the same base, to be compared.",
+)
+@click.option("--cloud", required=True, metavar="HOST:PORT", help="Where plora-cloud serves the other half of the first edge.")
+@click.option("--wire-dtype", default="fp32", show_default=True, metavar="DTYPE", help="As for `generate`.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="As for `generate`. [default: up to 4]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@reports_errors
+def doctor(edges: tuple[Path, ...], cloud: str, wire_dtype: str, threads: int | None, as_json: bool) -> None:
+    """Measure link, device and cloud; predict speed and bytes of each edge's plan; say what binds and what would help.
+
+    Takes about half a minute and some megabytes each way. Sends zeros and tokens from all over the vocabulary, nothing of yours.
+    """
+    from ..protocol import read_precision
+    from .doctor import examine, tables
+
+    threads = threads or min(4, os.cpu_count() or 1)
+    report = examine(list(edges), cloud, read_precision(wire_dtype), threads, lambda line: click.echo(f"{line} …", err=True))
+    click.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else tables(report))
 
 
 def speak(session: PrivateSession, pieces: Iterator[Piece]) -> str:
@@ -143,6 +189,8 @@ def speak(session: PrivateSession, pieces: Iterator[Piece]) -> str:
 
 def open_from(options: dict[str, Any]) -> PrivateSession:
     from .api import open_session
+    from .drafts import NgramDrafts
+    from .transport import Deadlines
 
     base_only = options["cores"] == "none"
     return open_session(
@@ -153,7 +201,16 @@ def open_from(options: dict[str, Any]) -> PrivateSession:
         graphs=options["graphs"],
         threads=options["threads"] or min(4, os.cpu_count() or 1),
         wire_dtype=options["wire_dtype"],
+        deadlines=Deadlines(give_up_seconds=options["give_up_seconds"]),
+        drafter=NgramDrafts() if options["speculate"] else None,
+        bucket=BUCKET_TOKENS if options["deterministic"] else None,
+        on_state=say_state,
     )
+
+
+def say_state(state: str) -> None:
+    """Between two tokens, on standard error: what a person sees while the link is gone."""
+    click.echo(f" [{state}…] " if state != "connected" else f"[{state}] ", nl=False, err=True)
 
 
 def sampling_flags(options: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +224,7 @@ def print_stats(session: PrivateSession) -> None:
     click.echo(
         f"[first token {s.ttft_seconds:.2f} s; {s.tokens_per_second:.1f} tokens/s; {s.new_tokens} new, {s.prompt_tokens} prompt tokens, "
         f"{s.cached_tokens} of them cached; per token {s.bytes_up_per_token:,.0f} bytes up, {s.bytes_down_per_token:,.0f} down, "
-        f"{s.round_trips_per_token:.0f} round trips; in all {s.bytes_up:,} bytes up, {s.bytes_down:,} down]",
+        f"{s.round_trips_per_token:.2g} round trips; {s.accepted_tokens} of {s.drafted_tokens} drafted tokens right; "
+        f"in all {s.bytes_up:,} bytes up, {s.bytes_down:,} down]",
         err=True,
     )

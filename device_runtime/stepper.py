@@ -1,139 +1,219 @@
-"""One step over the wire: front layers, entry, exchanges, exit, back layers. The device's half of the walk."""
+"""Steps over a link: front layers, entry, exchanges, exit, back layers. The device's half of the walk, for one conversation.
+
+What the cloud has cached is known here by its tokens (`history`), so that a session that is lost is begun anew and refilled, and
+nobody above notices but by the time it takes.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from ..artifact.errors import PloraError, ProtocolError, RemoteProtocolError, Unreachable
+import numpy as np
+
+from ..artifact.errors import PloraError, ServerStopping, SessionExpired, Unreachable
 from ..artifact.plan import Exchange
-from ..artifact.walk import BackLayers, Entry, Exit, FrontLayers, walk
-from ..protocol.events import CancelDone, ClosedDone, CompressedArrived, Opened, StepDone, Terms
+from ..artifact.walk import BackLayers, Entry, FrontLayers, walk
+from ..protocol.events import CancelDone, ClosedDone, CompressedArrived, StepDone, Terms
 from ..protocol.roles import DeviceSession
 from ..protocol.states import State
+from .chunks import Chunk, aligned_chunks, chunks
 from .cores import Floats
 from .edge import Edge
 from .layers import DeviceLayers
-from .transport import Interrupted, Transport
+from .link import CONNECTED, REPLAYING, Link
+from .transport import Interrupted
+
+CHUNK_TOKENS = 128
+"""Of a prompt per step: as fast in the cloud as twice as many, and the first chunk is computed while the second is on its way up."""
+MOST_SESSIONS = 8
+"""Sessions begun for one feed, one after another, before we believe that the cloud loses every one."""
 
 
 @dataclass
 class Counters:
-    """Since the session began. round_trips: times that the device waited for the cloud; steps: with an exit."""
+    """Since the session began. steps: sent as a whole; round_trips: times that the device waited for the cloud; replayed_tokens: sent
+    again to another session."""
 
     steps: int = 0
     tokens: int = 0
     round_trips: int = 0
+    replayed_tokens: int = 0
 
 
 class Stepper:
-    """Drives one session's machine over one transport. Not for two tasks at a time."""
+    """Drives one session's machine over one link. Not for two tasks at a time.
 
-    def __init__(self, edge: Edge, transport: Transport, dtype: str) -> None:
+    bucket: None, or every step has exactly so many tokens, from a multiple of it: then each token is computed by the same kernels on the
+    same shapes whatever came before, and is equal bit for bit (docs/networks.md).
+    """
+
+    def __init__(self, edge: Edge, link: Link, bucket: int | None = None) -> None:
         self.edge = edge
-        self.transport = transport
-        self.machine = DeviceSession(edge.plan, edge.shape, edge.contract.hash, dtype)
-        self.stages = walk(edge.plan)
+        self.link = link
+        self.bucket = bucket
+        stages = walk(edge.plan)
+        self.front = next((stage for stage in stages if isinstance(stage, FrontLayers)), None)
+        self.back = next((stage for stage in stages if isinstance(stage, BackLayers)), None)
+        self.entry = next(stage for stage in stages if isinstance(stage, Entry))
         self.counters = Counters()
-        self.layers: dict[FrontLayers | BackLayers, DeviceLayers] = {}
+        self.history: list[int] = []
+        self.cloud_micros = 0
+        self._layers: dict[FrontLayers | BackLayers, DeviceLayers] = {}
+
+    @property
+    def machine(self) -> DeviceSession:
+        return self.link.machine
+
+    @property
+    def terms(self) -> Terms:
+        assert self.machine.terms is not None  # `open` came first
+        return self.machine.terms
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of the conversation."""
+        context = min(self.terms.context_tokens, self.edge.shape.context_tokens)
+        return context if self.bucket is None else context // self.bucket * self.bucket
 
     async def open(self) -> Terms:
         """Handshake. Raises Refused's children, Unreachable."""
-        async with self._deadline():
-            await self.transport.send(self.machine.hello())
-            event = await self._receive()
-        assert isinstance(event, Opened)  # the machine lets nothing else through
-        context = min(event.terms.context_tokens, self.edge.shape.context_tokens)
-        for stage in self.stages:
-            if isinstance(stage, FrontLayers | BackLayers):
+        terms = await self.link.open()
+        for stage in (self.front, self.back):
+            if stage is not None:
                 first = stage.first if isinstance(stage, BackLayers) else 0
-                self.layers[stage] = self.edge.device_layers(first, stage.stop, context)
-        return event.terms
+                self._layers[stage] = self.edge.device_layers(first, stage.stop, min(terms.context_tokens, self.edge.shape.context_tokens))
+        return terms
 
-    async def step(self, ids: list[int], exit_rows: int) -> Floats:
-        """Feeds T new tokens; returns the last `exit_rows` rows of what the final norm reads, [exit_rows, hidden] float32."""
-        async with self._deadline():  # one for the step: a timer per frame would be felt in every exchange
-            return await self._walk(ids, exit_rows)
+    # Steps
+
+    async def feed(self, ids: list[int], exit_rows: int, position: int | None = None) -> Floats:
+        """Feeds T tokens that follow the first `position` of the history (all of it, if None; the rest is forgotten). Returns the last
+        `exit_rows` rows of what the final norm reads, [exit_rows, hidden] float32. In steps of at most CHUNK_TOKENS, several in flight.
+
+        A session that is lost is begun anew, and the history sent again. Raises Unreachable once given up, and errors of faults.
+        """
+        if position is not None:
+            self.keep(position)
+        fixed = list(self.history)
+        # It may have ended between feeds, or in the middle of one.
+        lost = None if self.machine.state in (State.READY, State.CANCELLING) else "the session was given up"
+        for _ in range(MOST_SESSIONS):
+            try:
+                if lost is not None:
+                    await self._begin_anew(fixed, lost)
+                async with self._deadline():
+                    await self._settle()
+                    return await self._feed(fixed[len(self.history) :] + ids, exit_rows)
+            except (SessionExpired, ServerStopping) as error:
+                lost = str(error)
+        raise Unreachable(f"{self.link.address}: {MOST_SESSIONS} sessions were lost one after another; given up")
+
+    async def _begin_anew(self, tokens: list[int], why: str) -> None:
+        """Another session with `tokens` cached."""
+        self.history = []
+        await self.link.reopen(why)
+        if tokens:
+            self.link.say(REPLAYING)
+            self.counters.replayed_tokens += len(tokens)
+            async with self._deadline():
+                await self._feed(tokens, 0)
+            self.link.say(CONNECTED)
+
+    async def _feed(self, ids: list[int], exit_rows: int) -> Floats:
+        fixed = len(self.history)
+        tokens = self.history + ids
+        wanted = len(tokens) - exit_rows  # of this token's row and all after it
+        if self.bucket is None:
+            todo = deque(chunks(fixed, tokens, wanted, min(CHUNK_TOKENS, self.terms.step_tokens), bool(self.back)))
+        else:
+            todo = deque(aligned_chunks(fixed, tokens, wanted, self.bucket, bool(self.back)))
+        flying: deque[Chunk] = deque()
+        rows: list[Floats] = []
+        while todo or flying:
+            while todo and len(flying) < self.terms.window:
+                flying.append(todo.popleft())
+                await self._begin(flying[-1])
+            event = await self.link.receive()
+            self.counters.round_trips += 1
+            if isinstance(event, CompressedArrived):
+                injection = self.edge.inject(event.exchange, event.values)
+                await self.link.send(self.machine.injections(injection, event.step))
+            elif isinstance(event, StepDone):
+                rows.append(self._end(flying.popleft(), event, tokens))
+        return np.concatenate(rows)[-exit_rows:] if exit_rows else np.zeros((0, self.edge.shape.hidden), np.float32)
+
+    async def _begin(self, chunk: Chunk) -> None:
+        hidden = self.edge.embed(chunk.ids)
+        if self.front is not None:
+            hidden = self._layers[self.front].run(hidden, chunk.position)
+        exchange: Exchange | None = self.entry.exchange
+        injection = self.edge.entry_injection(exchange, hidden) if exchange else None
+        await self.link.send(self.machine.entry(hidden, chunk.exit_rows, injection, chunk.position))
+
+    def _end(self, chunk: Chunk, done: StepDone, tokens: list[int]) -> Floats:
+        """What of the chunk's exit was wanted, behind the back layers."""
+        hidden = done.hidden
+        if self.back is not None:
+            hidden = self._layers[self.back].run(hidden, chunk.position)
+        self.history = tokens[: min(chunk.stop, len(tokens))]
+        self.counters.steps += 1
+        self.counters.tokens += len(chunk.ids)
+        self.cloud_micros = done.compute_micros
+        return hidden[: len(hidden) - chunk.padding][-chunk.wanted :] if chunk.wanted else hidden[:0]
+
+    def keep(self, length: int) -> None:
+        """Only the first `length` tokens are of use: the next feed drops the rest on the way."""
+        del self.history[length:]
+
+    # Ends
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
-        seconds = self.transport.deadlines.step_seconds
+        seconds = self.link.deadlines.step_seconds
         try:
             async with asyncio.timeout(seconds):
                 yield
         except TimeoutError:
-            raise Unreachable(f"{self.transport.address}: no answer to step {self.machine.step} within {seconds:g} s; given up") from None
-
-    async def _walk(self, ids: list[int], exit_rows: int) -> Floats:
-        position = self.machine.length
-        hidden = self.edge.embed(ids)
-        for stage in self.stages:
-            if isinstance(stage, FrontLayers | BackLayers):
-                hidden = self.layers[stage].run(hidden, position)
-            elif isinstance(stage, Entry):
-                injection = self.edge.entry_injection(stage.exchange, hidden) if stage.exchange else None
-                # Back layers need every token's row: each has a key and a value there.
-                rows = len(ids) if self.edge.plan.back_layers else exit_rows
-                await self.transport.send(self.machine.entry(hidden, rows, injection))
-            elif isinstance(stage, Exchange):
-                event = await self._receive()
-                assert isinstance(event, CompressedArrived)
-                await self.transport.send(self.machine.injections(self.edge.inject(stage, event.values)))
-            elif isinstance(stage, Exit):
-                event = await self._receive()
-                assert isinstance(event, StepDone)
-                hidden = event.hidden
-        self.counters.steps += 1
-        self.counters.tokens += len(ids)
-        return hidden[len(hidden) - exit_rows :]
-
-    async def truncate(self, length: int) -> None:
-        await self.transport.send(self.machine.truncate(length))
+            raise Unreachable(f"{self.link.address}: no answer to step {self.machine.step} within {seconds:g} s; given up") from None
 
     async def cancel(self) -> None:
-        """After an interrupted step: the cloud's cache is as before it. Does nothing between steps.
+        """After an interrupted feed: the cloud's cache is as before the steps in flight. Does nothing between steps.
 
-        Raises Unreachable if the cloud does not confirm within close_seconds: the session is lost then.
+        Waits for the cloud to confirm it, but for no longer than close_seconds, and not on a broken link: the next feed sees to it then.
         """
-        self.transport.interrupted = False
+        if self.link.transport is not None:
+            self.link.transport.interrupted = False
         if self.machine.state not in (State.COMPUTING, State.WAITING):
             return
-        seconds = self.transport.deadlines.close_seconds
+        frame = self.machine.cancel()
+        if self.link.lost:
+            return  # it lies in the outbox
         try:
-            async with asyncio.timeout(seconds):
-                await self.transport.send(self.machine.cancel())
-                while not isinstance(await self._receive(), CancelDone):
-                    pass  # frames that crossed ours
-        except TimeoutError:
-            raise Unreachable(f"{self.transport.address}: a cancelled step was not confirmed within {seconds:g} s; given up") from None
+            async with asyncio.timeout(self.link.deadlines.close_seconds):
+                await self.link.send(frame)
+                await self._settle()
+        except (TimeoutError, Unreachable, SessionExpired, ServerStopping):
+            pass
+
+    async def _settle(self) -> None:
+        """A step that was given up is over."""
+        while self.machine.state is State.CANCELLING:
+            if isinstance(await self.link.receive(), CancelDone):
+                self.keep(self.machine.length)
 
     async def close(self) -> None:
         """Says good-bye if there is still somebody to say it to; never raises."""
         try:
-            if self.machine.state not in (State.START, State.OVER):
-                async with asyncio.timeout(self.transport.deadlines.close_seconds):
-                    await self.transport.send(self.machine.close())
-                    while not isinstance(await self._receive(), ClosedDone):
+            if self.machine.state not in (State.START, State.OVER) and not self.link.lost:
+                async with asyncio.timeout(self.link.deadlines.close_seconds):
+                    await self.link.send(self.machine.close())
+                    while not isinstance(await self.link.receive(), ClosedDone):
                         pass
         except (PloraError, TimeoutError, Interrupted):
             pass
         finally:
-            await self.transport.close()
-
-    async def _receive(self) -> object:
-        """One event; tells the cloud before it gives up on it."""
-        if self.machine.state in (State.GREETED, State.COMPUTING):
-            self.counters.round_trips += 1
-        try:
-            data = await self.transport.receive()
-        except Unreachable as error:
-            raise Unreachable(f"{error} (step {self.machine.step}, {self.machine.length} tokens done)") from None
-        try:
-            return self.machine.receive(data)
-        except RemoteProtocolError as error:
-            await self.transport.send(self.machine.abort(error.code))
-            raise RemoteProtocolError(f"the cloud broke the protocol: {error}", error.code) from None
-        except ProtocolError:
-            raise
+            await self.link.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -23,12 +24,13 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Deadlines:
-    """connect_seconds: until the channel is up; step_seconds: for the handshake, and for one whole step (a prefill chunk on a
-    slow cloud takes seconds); close_seconds: for saying good-bye."""
+    """connect_seconds: until the channel is up, the first time; step_seconds: for the handshake, and for one whole step (a prefill
+    chunk on a slow cloud takes seconds); close_seconds: for saying good-bye; give_up_seconds: to try for a link that broke."""
 
     connect_seconds: float = 10.0
     step_seconds: float = 120.0
     close_seconds: float = 2.0
+    give_up_seconds: float = 60.0
 
 
 class Interrupted(Exception):
@@ -36,7 +38,7 @@ class Interrupted(Exception):
 
 
 class Transport:
-    """Sends and receives frame bytes; counts them (`bytes_up`, `bytes_down`, without gRPC's own framing).
+    """One connection: sends and receives frame bytes. heard_at: when the last one came, by time.monotonic.
 
     One task reads all the time: a write on a stream that the cloud has ended would discard what grpc has not read yet, and that
     is the fault which says why. And a read that is cancelled ends the whole call, so whoever waits is woken instead.
@@ -45,23 +47,23 @@ class Transport:
     def __init__(self, address: str, deadlines: Deadlines) -> None:
         self.address = address
         self.deadlines = deadlines
-        self.bytes_up = 0
-        self.bytes_down = 0
+        self.heard_at = time.monotonic()
         self.frames: deque[bytes] = deque()
         self.ended: Unreachable | None = None
         self.interrupted = False
         self.waiter: asyncio.Future[None] | None = None
         self.reader: asyncio.Task[None] | None = None
+        self.sending = asyncio.Lock()
         self.channel: grpc.aio.Channel | None = None
 
-    async def connect(self) -> None:
-        """Raises Unreachable if nothing answers at the address within connect_seconds."""
+    async def connect(self, seconds: float | None = None) -> None:
+        """Raises Unreachable if nothing answers at the address within `seconds`, or connect_seconds."""
+        seconds = self.deadlines.connect_seconds if seconds is None else seconds
         self.channel = grpc.aio.insecure_channel(self.address, OPTIONS)
         try:
-            async with asyncio.timeout(self.deadlines.connect_seconds):
+            async with asyncio.timeout(seconds):
                 await self._ready()
         except TimeoutError:
-            seconds = self.deadlines.connect_seconds
             raise Unreachable(f"{self.address}: no answer within {seconds:g} s; is plora-cloud running there?") from None
         self.call = self.channel.stream_stream(PATH)()
         self.reader = asyncio.create_task(self._read())
@@ -79,11 +81,13 @@ class Transport:
         try:
             while isinstance(data := await self.call.read(), bytes):
                 self.frames.append(data)
+                self.heard_at = time.monotonic()
                 self._wake()
-            self.ended = Unreachable(f"{self.address}: the cloud ended the stream without a word")
+            self.fail("the cloud ended the stream without a word")
         except grpc.aio.AioRpcError as error:
-            self.ended = Unreachable(f"{self.address}: connection lost ({error.code().name}: {error.details()})")
-        self._wake()
+            self.fail(f"connection lost ({error.code().name}: {error.details()})")
+        except asyncio.CancelledError:  # so grpc tells of a call that we have ended ourselves
+            self.fail("the connection was closed")
 
     def _wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -94,20 +98,33 @@ class Transport:
         self.interrupted = True
         self._wake()
 
+    def fail(self, why: str) -> None:
+        """The connection is over: whoever waits to send or to receive learns it."""
+        self.ended = self.ended or Unreachable(f"{self.address}: {why}")
+        self.call.cancel()
+        self._wake()
+
     async def send(self, data: bytes) -> None:
-        self.bytes_up += len(data)
+        """Without effect on a connection that has ended. Waits for as long as the way is blocked; whoever is cancelled meanwhile ends the
+        connection, since its frame is missing on it."""
         try:
-            await self.call.write(data)
+            async with self.sending:  # grpc ends a call in which two write at a time
+                if self.ended is None:
+                    await self.call.write(data)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the cloud may have said why before it closed: the next receive tells
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                self.fail("a frame was not sent")
+                raise
+            # else it was the call that was cancelled
 
     async def receive(self) -> bytes:
         """The next frame. Raises Interrupted, or Unreachable if the stream ended. Whoever calls sets the deadline."""
         while not self.interrupted:
             if self.frames:
-                data = self.frames.popleft()
-                self.bytes_down += len(data)
-                return data
+                return self.frames.popleft()
             if self.ended is not None:
                 raise self.ended
             self.waiter = asyncio.get_running_loop().create_future()

@@ -5,27 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..artifact.plan import Exchange
+from .precision import Precision
 from .tensors import Floats
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the handshake settles. dtype: of all wire tensors; context_tokens: that the cloud's cache holds; step_tokens:
-    most tokens per step; idle_millis: silence after which the session expires."""
+    """What the handshake settles. precision: of the wire's tensors; context_tokens: that the cloud's cache holds; step_tokens:
+    most tokens per step; idle_millis: silence after which the session expires; lease_millis: how long it outlives its connection
+    (0: not at all, and frames carry no `received`); window: most steps in flight."""
 
-    dtype: str
+    precision: Precision
     context_tokens: int
     step_tokens: int
     idle_millis: int
     session: bytes = b""
+    lease_millis: int = 0
+    window: int = 1
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """A device asks for a session. session: b"" for a new one."""
+    """A device asks for a session. session: b"" for a new one, else the one that it wants to go on with, of which it has `received`
+    so many numbered frames; resume: it could do so."""
 
-    dtype: str
+    precision: Precision
     session: bytes
+    received: int = 0
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,21 +53,25 @@ class StepBegun:
 
 @dataclass(frozen=True)
 class CompressedArrived:
+    step: int
     exchange: Exchange
     values: Floats
 
 
 @dataclass(frozen=True)
 class InjectionsArrived:
+    step: int
     exchange: Exchange
     values: Floats
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """hidden: [exit_rows, hidden] float32."""
+    """hidden: [exit_rows, hidden] float32; compute_micros: that the cloud computed, 0 if it does not say."""
 
+    step: int
     hidden: Floats
+    compute_micros: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,9 @@ class Truncated:
 
 @dataclass(frozen=True)
 class CancelAsked:
+    """The cache shall hold `length` tokens again; steps from `step` on are given up."""
+
+    step: int
     length: int
 
 
@@ -94,6 +108,18 @@ class Aborted:
 
 
 @dataclass(frozen=True)
+class PingArrived:
+    """answer: the frame to send."""
+
+    answer: bytes
+
+
+@dataclass(frozen=True)
+class PongArrived:
+    id: int
+
+
+@dataclass(frozen=True)
 class Ignored:
     """A frame that crossed a cancel or a close and is void."""
 
@@ -113,5 +139,7 @@ Event = (
     | CloseAsked
     | ClosedDone
     | Aborted
+    | PingArrived
+    | PongArrived
     | Ignored
 )

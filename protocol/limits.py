@@ -8,7 +8,7 @@ from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DTYPE_BYTES, DecoderShape
 
 MAJOR = PROTOCOL_MAJOR
-MINOR = 1
+MINOR = 2
 SERVICE = "plora.v1.PrivateLora"
 METHOD = "Exchange"
 
@@ -20,6 +20,16 @@ FRAME_OVERHEAD_BYTES = 256
 
 MAX_STEP_TOKENS = 256
 """Tokens per step: a prefill chunk beyond this gains no speed on the cores measured and holds the engine for longer."""
+
+WINDOW = 4
+"""Steps in flight: enough that chunks of a prompt go up while earlier ones are computed and later rounds come down."""
+
+MAX_UNRECEIVED_FRAMES = 2 * WINDOW + 4
+"""Numbered frames that one side keeps for a peer that has not said that it received them. Each step in flight has at most one on its way
+in either direction; then there are WINDOW truncates, a cancel and a close. A peer that lets more pile up never says so at all."""
+
+MAX_PROBE_BYTES = 1 << 20
+"""Padding of a ping or pong: long enough to measure a rate of 100 Mbit/s over 80 ms, and no more of a lever for a flood than a step."""
 
 CONTRACT_BYTES = 32
 SESSION_BYTES = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DecoderShape
 from .events import Event
+from .precision import Precision
 from .roles import CloudSession, DeviceSession
 
 
@@ -12,8 +13,8 @@ class Loopback:
     """A device's and a cloud's machine. `to_cloud` and `to_device` deliver one frame and return the event; `transcript`
     keeps (sender, frame bytes) in order."""
 
-    def __init__(self, plan: ExchangePlan, shape: DecoderShape, contract: str, dtype: str = "fp32") -> None:
-        self.device = DeviceSession(plan, shape, contract, dtype)
+    def __init__(self, plan: ExchangePlan, shape: DecoderShape, contract: str, precision: Precision = Precision()) -> None:  # noqa: B008  frozen
+        self.device = DeviceSession(plan, shape, contract, precision)
         self.cloud = CloudSession(plan, shape, contract)
         self.transcript: list[tuple[str, bytes]] = []
 

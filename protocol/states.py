@@ -18,7 +18,7 @@ class State(StrEnum):
     START = "start"  # nothing was said
     GREETED = "greeted"  # the device said hello
     READY = "ready"  # the session is open, no step runs
-    COMPUTING = "computing"  # a step runs, the cloud's turn
+    COMPUTING = "computing"  # a step runs, the cloud's turn; of several, the oldest
     WAITING = "waiting"  # a step runs, the cloud waits for injections
     CANCELLING = "cancelling"  # the device gave a step up, the cloud has not said so yet
     CLOSING = "closing"  # the device said close
@@ -39,9 +39,18 @@ SENDERS: dict[str, Role] = {
     "closed": Role.CLOUD,
     "fault": Role.CLOUD,
     "abort": Role.DEVICE,
+    "ping": Role.DEVICE,
+    "pong": Role.CLOUD,
 }
 
+STEP_FRAMES = frozenset({"compressed", "injections", "exit"})
+"""Frames that name a step: the state that counts is that step's."""
+UNNUMBERED = frozenset({"hello", "welcome", "ping", "pong", "fault", "abort"})
+"""Frames that belong to a connection. All others belong to the session, are numbered, and are sent again on its next connection."""
+
 S = State
+LIVE = (S.READY, S.COMPUTING, S.WAITING, S.CANCELLING, S.CLOSING)
+"""A session is open, and may be taken up on another connection: that greeting is no frame of the session (roles.py)."""
 TRANSITIONS: dict[tuple[State, str], State] = {
     (S.START, "hello"): S.GREETED,
     (S.GREETED, "welcome"): S.READY,
@@ -50,6 +59,9 @@ TRANSITIONS: dict[tuple[State, str], State] = {
     (S.WAITING, "injections"): S.COMPUTING,
     (S.COMPUTING, "exit"): S.READY,
     (S.READY, "truncate"): S.READY,
+    # Further steps may begin behind the running one, up to the window; each then has a state of its own, and none overtakes another.
+    (S.COMPUTING, "entry"): S.COMPUTING,
+    (S.WAITING, "entry"): S.WAITING,
     # A cancel crosses what the cloud sent before it arrived: on the device those frames come while it is cancelling,
     # on the cloud the cancel comes one state later than it was sent.
     (S.READY, "cancel"): S.CANCELLING,
@@ -69,6 +81,8 @@ TRANSITIONS: dict[tuple[State, str], State] = {
     (S.CLOSING, "exit"): S.CLOSING,
     (S.CLOSING, "cancelled"): S.CLOSING,
     (S.CLOSING, "closed"): S.OVER,
+    # Is anybody there? Without effect.
+    **{(state, kind): state for state in LIVE for kind in ("ping", "pong")},
     # Either side may end it at any time.
     **{(state, "fault"): S.OVER for state in State if state is not S.OVER},
     **{(state, "abort"): S.OVER for state in State if state is not S.OVER},
@@ -81,9 +95,10 @@ def next_state(state: State, kind: str) -> State | None:
 
 
 def mermaid() -> str:
-    """The table as a Mermaid state diagram; an arrow says who sends what. Faults and aborts, legal anywhere, are left out."""
+    """The table as a Mermaid state diagram; an arrow says who sends what. Faults and aborts, legal anywhere, and pings and pongs, legal
+    in an open session and without effect, are left out."""
     lines = ["stateDiagram-v2", "    [*] --> start"]
     for (state, kind), after in TRANSITIONS.items():
-        if kind not in ("fault", "abort"):
+        if kind not in ("fault", "abort", "ping", "pong"):
             lines.append(f"    {state} --> {after}: {SENDERS[kind]} {kind}")
     return "\n".join([*lines, "    over --> [*]"])

@@ -20,6 +20,7 @@ from plora.cloud_server.cache import Pool
 from plora.cloud_server.engine import Calls, Engine
 from plora.cloud_server.service import Limits, Service
 from plora.device_runtime.edge import Edge
+from plora.device_runtime.link import Link
 from plora.device_runtime.stepper import Stepper
 from plora.device_runtime.transport import Deadlines, Interrupted
 from plora.export.cloud_build import build_cloud_graph
@@ -28,7 +29,8 @@ from plora.models.adapter import Adapter, replace_cores
 from plora.models.checkpoint import Base, Source, decoder_shape, is_tied
 from plora.models.formula import adapted
 from plora.protocol import plora_pb2 as pb
-from plora.protocol import tensors
+from plora.protocol import tensors, uniform
+from plora.protocol.roles import DeviceSession
 
 from .conftest import FAMILIES, SMALL
 from .strategies import Act
@@ -147,8 +149,8 @@ class EagerEngine(Engine):
 class Wire:
     """Stands in for the device's transport and the cloud's stream: frames go across in this process, and are kept."""
 
-    address = "this process"
-    deadlines = Deadlines()
+    ended = None
+    heard_at = 0.0
 
     def __init__(self) -> None:
         self.going_up: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -157,6 +159,9 @@ class Wire:
         self.down: list[bytes] = []
         self.interrupted = False
         self.frames_left: int | None = None
+
+    async def connect(self, seconds: float | None = None) -> None:
+        pass
 
     async def send(self, data: bytes) -> None:
         self.up.append(data)
@@ -198,7 +203,13 @@ class Talk:
 
     def __init__(self, edge: Edge, service: Service, dtype: str = "fp32") -> None:
         self.wire, self.plan = Wire(), edge.plan
-        self.stepper = Stepper(edge, self.wire, dtype)  # type: ignore[arg-type]
+        contract = edge.contract
+
+        def machine() -> DeviceSession:
+            return DeviceSession(contract.plan, contract.shape, contract.hash, uniform(dtype))
+
+        link = Link("this process", Deadlines(), machine, lambda state: None, lambda address, deadlines: self.wire)  # type: ignore[arg-type]
+        self.stepper = Stepper(edge, link)
         self.dtype = dtype
         self.serving = asyncio.create_task(service.exchange(None, self.wire))
         self.ids: list[int] = []
@@ -208,16 +219,16 @@ class Talk:
         """One act of a person, who says `ids`."""
         keep = len(self.ids) * act.keep // 1000
         if keep < len(self.ids):
-            await self.stepper.truncate(keep)
+            self.stepper.keep(keep)
             self.ids, self.rows = self.ids[:keep], {name: rows[:keep] for name, rows in self.rows.items()}
         sent, arrived = len(self.wire.up), len(self.wire.down)
         wanted = min(act.exit_rows, len(ids))
         self.wire.frames_left = act.interrupted_after
         try:
-            residual = await self.stepper.step(ids, wanted)
+            residual = await self.stepper.feed(ids, wanted)
         except Interrupted:
             await self.stepper.cancel()
-            assert self.stepper.machine.length == len(self.ids)
+            assert len(self.stepper.history) == len(self.ids)
             return
         self.wire.frames_left = None
         frames = self.wire.up[sent:], self.wire.down[arrived:]

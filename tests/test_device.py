@@ -280,12 +280,12 @@ def test_another_conversation_in_the_same_session(session: PrivateSession, merge
 
 
 def test_a_prompt_too_long_is_refused_before_anything_is_sent(session: PrivateSession) -> None:
-    before = session._transport.bytes_up
+    before = session._link.bytes_up
     context = session.terms.context_tokens
     for length in (context, context + 50, 0):
         with pytest.raises(ContextOverflow, match=rf"a prompt of {length} tokens, expected 1\.\.{context - 1}"):
             session.stream([5] * length)
-    assert session._transport.bytes_up == before
+    assert session._link.bytes_up == before
     assert len(answer(session, [5] * (context - 1), 50)) == 1  # the longest one has room for a token
     assert session.answer is not None
     assert session.answer.finish_reason == "length"
@@ -345,7 +345,8 @@ def test_stats_count_what_was_sent(made: Made, served: str) -> None:
 
 def test_ctrl_c_in_a_step_keeps_the_session_usable(session: PrivateSession, merged: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGINT arrives while the device waits for the cloud, at each of the first frames of an answer."""
-    real = session._transport.receive
+    assert session._link.transport is not None
+    real = session._link.transport.receive
     for moment in range(12):
         left = [moment]
 
@@ -355,10 +356,10 @@ def test_ctrl_c_in_a_step_keeps_the_session_usable(session: PrivateSession, merg
             left[0] -= 1
             return await real()
 
-        monkeypatch.setattr(session._transport, "receive", receive)
+        monkeypatch.setattr(session._link.transport, "receive", receive)
         with pytest.raises(KeyboardInterrupt):
             answer(session, [5, 6, 7, 8 + moment], 16)
-        monkeypatch.setattr(session._transport, "receive", real)
+        monkeypatch.setattr(session._link.transport, "receive", real)
         assert answer(session, [5, 6, 7], 16) == greedy(merged, [5, 6, 7], 16)
 
 

@@ -15,6 +15,7 @@ import torch
 from plora.artifact import AdaptedLayer, ExchangePlan, Source, entry_plan, grouped_plan, paper_plan
 from plora.artifact.edge_layout import fused_attention
 from plora.device_runtime import PrivateSession, open_session
+from plora.device_runtime.stepper import CHUNK_TOKENS
 from plora.models.adapter import write_cores
 from plora.models.checkpoint import Base
 from plora.models.formula import adapted
@@ -62,11 +63,14 @@ def unsplit(base: Base, made: Made, ids: list[int], count: int) -> list[int]:
 @contextmanager
 def counted(session: PrivateSession) -> Iterator[list[tuple[str, str]]]:
     """(way, kind) of every frame that crosses inside the block."""
-    transport, frames = session._transport, list[tuple[str, str]]()
+    transport, frames = session._link.transport, list[tuple[str, str]]()
+    assert transport is not None
     send, receive = transport.send, transport.receive
 
     def note(way: str, data: bytes) -> bytes:
-        frames.append((way, pb.Frame.FromString(data).WhichOneof("kind") or ""))
+        kind = pb.Frame.FromString(data).WhichOneof("kind") or ""
+        if kind not in ("ping", "pong"):  # on a machine so busy that a step takes long, the device asks whether the cloud is there
+            frames.append((way, kind))
         return data
 
     async def noted_send(data: bytes) -> None:
@@ -131,18 +135,18 @@ def check_turns(session: PrivateSession, base: Base, made: Made) -> None:
 def check_long_prompts(session: PrivateSession, base: Base, made: Made) -> None:
     """In chunks, from the start and after what is cached."""
     ids = np.random.default_rng(0).integers(2, 300, 400).tolist()
-    assert session.terms.step_tokens < len(ids)
     before = session._stepper.counters.steps
     tokens = answer(session, ids, 6)
     assert tokens == unsplit(base, made, ids, 6)
-    assert session._stepper.counters.steps == before + 2 + len(tokens) - 1
+    assert session._stepper.counters.steps == before + -(-len(ids) // CHUNK_TOKENS) + len(tokens) - 1
     other = [*ids[:50], *ids[:400]]
     assert answer(session, other, 6) == unsplit(base, made, other, 6)
 
 
 def check_interruptions(session: PrivateSession, base: Base, made: Made) -> None:
     """Ctrl-C at each of the first frames of an answer, prompt and first tokens; the next answer reuses what is cached."""
-    transport = session._transport
+    transport = session._link.transport
+    assert transport is not None
     real = transport.receive
     prompt = [5, 6, 7, 8, 9, 10, 11]
     for moment in range(2 * made.adapter.config.plan.round_trips + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from plora.artifact.errors import (
     ServerFull,
     SessionExpired,
 )
-from plora.protocol import MAX_FRAME_BYTES, Loopback, Terms, tensors
+from plora.protocol import MAX_FRAME_BYTES, Loopback, Terms, tensors, uniform
 from plora.protocol import plora_pb2 as pb
 from plora.protocol.events import (
     Aborted,
@@ -41,23 +42,27 @@ from plora.protocol.events import (
     Ignored,
     InjectionsArrived,
     Opened,
+    PingArrived,
+    PongArrived,
     StepBegun,
     StepDone,
     Truncated,
 )
 from plora.protocol.faults import ERRORS, fault_error
-from plora.protocol.limits import MAJOR, MAX_DETAIL_CHARACTERS, MAX_STEP_TOKENS, step_tokens
+from plora.protocol.limits import MAJOR, MAX_DETAIL_CHARACTERS, MAX_PROBE_BYTES, MAX_STEP_TOKENS, MINOR, WINDOW, step_tokens
 from plora.protocol.roles import CloudSession, DeviceSession
-from plora.protocol.session import Session
-from plora.protocol.states import SENDERS, TRANSITIONS, Role, State, mermaid, next_state
+from plora.protocol.session import Session, is_ping
+from plora.protocol.states import LIVE, SENDERS, TRANSITIONS, UNNUMBERED, Role, State, mermaid, next_state
 from plora.protocol.tensors import Floats
 
 CODES = set(pb.FaultCode.keys())
+KINDS = pb.Frame.DESCRIPTOR.oneofs_by_name["kind"].fields
 CONTRACT = "c0" * 32
 HIDDEN = 8
 PLAN = paper_plan(2, 2)
 ENTRY_PLAN = ExchangePlan(2, 0, 0, (Source(0, (("shared", 2),), True),), (AdaptedLayer(1, 0, (("q", 3), ("v", 4))),))
-TERMS = Terms("fp32", 32, 6, 60_000, b"s" * 16)
+TERMS = Terms(uniform("fp32"), 32, 6, 60_000, b"s" * 16, window=WINDOW)
+ONE = replace(TERMS, window=1)
 
 
 def shape_of(hidden: int, layers: int) -> DecoderShape:
@@ -73,13 +78,13 @@ def values(rows: int, columns: int, seed: int = 0) -> Floats:
 
 
 def fresh(plan: ExchangePlan = PLAN, dtype: str = "fp32") -> Loopback:
-    return Loopback(plan, shape_of(HIDDEN, plan.layers), CONTRACT, dtype)
+    return Loopback(plan, shape_of(HIDDEN, plan.layers), CONTRACT, uniform(dtype))
 
 
-def opened(plan: ExchangePlan = PLAN, dtype: str = "fp32") -> Loopback:
+def opened(plan: ExchangePlan = PLAN, dtype: str = "fp32", terms: Terms = TERMS) -> Loopback:
     wire = fresh(plan, dtype)
-    assert wire.to_cloud(wire.device.hello()) == Greeting(dtype, b"")
-    terms = Terms(dtype, TERMS.context_tokens, TERMS.step_tokens, TERMS.idle_millis, TERMS.session)
+    assert wire.to_cloud(wire.device.hello()) == Greeting(uniform(dtype), b"", resume=True)
+    terms = replace(terms, precision=uniform(dtype))
     assert wire.to_device(wire.cloud.welcome(terms)) == Opened(terms)
     return wire
 
@@ -94,6 +99,7 @@ def run_step(wire: Loopback, tokens: int, exit_rows: int) -> None:
     begun = wire.to_cloud(wire.device.entry(hidden, exit_rows, injection))
     assert isinstance(begun, StepBegun)
     assert (begun.step, begun.position, begun.exit_rows) == (step + 1, length, exit_rows)
+    assert wire.device.running == wire.cloud.running
     np.testing.assert_array_equal(begun.hidden, hidden)
     if injection is None:
         assert begun.injection is None
@@ -103,15 +109,16 @@ def run_step(wire: Loopback, tokens: int, exit_rows: int) -> None:
         down, up = values(tokens, exchange.compressed_columns, 3), values(tokens, exchange.injection_columns, 4)
         arrived = wire.to_device(wire.cloud.compressed(down))
         assert isinstance(arrived, CompressedArrived)
-        assert arrived.exchange is exchange
+        assert (arrived.step, arrived.exchange) == (step + 1, exchange)
         np.testing.assert_array_equal(arrived.values, down)
         answered = wire.to_cloud(wire.device.injections(up))
         assert isinstance(answered, InjectionsArrived)
-        assert answered.exchange is exchange
+        assert (answered.step, answered.exchange) == (step + 1, exchange)
         np.testing.assert_array_equal(answered.values, up)
     last = values(exit_rows, HIDDEN, 5)
-    done = wire.to_device(wire.cloud.exit(last))
+    done = wire.to_device(wire.cloud.exit(last, compute_micros=step))
     assert isinstance(done, StepDone)
+    assert (done.step, done.compute_micros) == (step + 1, step)
     np.testing.assert_array_equal(done.hidden, last)
     assert wire.device.length == wire.cloud.length == length + tokens
 
@@ -131,7 +138,7 @@ def test_a_whole_session(plan: ExchangePlan, dtype: str) -> None:
     assert wire.to_cloud(wire.device.truncate(7)) == Truncated(7)
     agree(wire, State.READY, 7)
     run_step(wire, 5, 5)
-    assert wire.to_cloud(wire.device.cancel()) == CancelAsked(7)
+    assert wire.to_cloud(wire.device.cancel()) == CancelAsked(7, 7)
     assert wire.to_device(wire.cloud.cancelled()) == CancelDone(7)
     agree(wire, State.READY, 7)
     assert wire.to_cloud(wire.device.truncate(0)) == Truncated(0)
@@ -145,10 +152,14 @@ def test_a_whole_session(plan: ExchangePlan, dtype: str) -> None:
 class Wire(Loopback):
     """A loopback whose frames wait in two queues, so that they may cross."""
 
-    def __init__(self, plan: ExchangePlan = PLAN) -> None:
+    def __init__(self, plan: ExchangePlan = PLAN, terms: Terms | None = None) -> None:
+        """terms: of a session that is open, None for one that is not."""
         super().__init__(plan, shape_of(HIDDEN, plan.layers), CONTRACT)
         self.up: deque[bytes] = deque()
         self.down: deque[bytes] = deque()
+        if terms is not None:
+            self.to_cloud(self.device.hello())
+            self.to_device(self.cloud.welcome(terms))
 
     def deliver_up(self) -> Event | None:
         """The oldest frame to the cloud; one that is over reads no more."""
@@ -228,7 +239,7 @@ def test_a_cancel_does_not_bring_truncated_tokens_back() -> None:
     run_step(wire, 4, 1)
     run_step(wire, 2, 1)
     assert wire.to_cloud(wire.device.truncate(3)) == Truncated(3)
-    assert wire.to_cloud(wire.device.cancel()) == CancelAsked(3)
+    assert wire.to_cloud(wire.device.cancel()) == CancelAsked(2, 3)
     assert wire.to_device(wire.cloud.cancelled()) == CancelDone(3)
     agree(wire, State.READY, 3)
 
@@ -237,7 +248,7 @@ def test_cancelling_twice_changes_nothing() -> None:
     wire = opened()
     run_step(wire, 4, 1)
     for _ in range(2):
-        assert wire.to_cloud(wire.device.cancel()) == CancelAsked(0)
+        assert wire.to_cloud(wire.device.cancel()) == CancelAsked(1, 0)
         assert wire.to_device(wire.cloud.cancelled()) == CancelDone(0)
     agree(wire, State.READY, 0)
 
@@ -245,8 +256,8 @@ def test_cancelling_twice_changes_nothing() -> None:
 # The state table
 
 
-def at(state: State, exchanged: int = 0) -> Loopback:
-    """Both machines in `state` with nothing in flight; exchanged: exchanges done of the step that runs."""
+def at(state: State, exchanged: int = 0, cancelled: bool = False) -> Loopback:
+    """Both machines in `state` with nothing in flight; exchanged: exchanges done of the step that runs; cancelled: that step was given up."""
     wire = fresh()
     if state is State.START:
         return wire
@@ -266,8 +277,9 @@ def at(state: State, exchanged: int = 0) -> Loopback:
     if state is State.WAITING:
         wire.to_device(wire.cloud.compressed(values(2, 2)))
         return wire
-    if state is State.CANCELLING:
+    if state is State.CANCELLING or cancelled:
         wire.to_cloud(wire.device.cancel())
+    if state is State.CANCELLING:
         return wire
     wire.to_cloud(wire.device.close())
     if state is State.OVER:
@@ -278,8 +290,8 @@ def at(state: State, exchanged: int = 0) -> Loopback:
 def frame_of(kind: str, wire: Loopback) -> pb.Frame:
     """A frame of `kind` whose content is right for where `wire` stands, if the kind is legal there."""
     machine = wire.cloud
-    step, exchange = machine.step, machine.exchange
-    tokens = machine.tokens
+    step, exchange = machine.step, machine.running.exchange
+    tokens = machine.running.tokens
 
     def tensor(rows: int, columns: int) -> pb.Tensor:
         return tensors.encode(values(rows, columns), "fp32", rows, columns, kind)
@@ -287,19 +299,21 @@ def frame_of(kind: str, wire: Loopback) -> pb.Frame:
     frames = {
         "hello": pb.Frame(hello=pb.Hello(major=MAJOR, contract=bytes.fromhex(CONTRACT), dtype=pb.FP32)),
         "welcome": pb.Frame(welcome=pb.Welcome(dtype=pb.FP32, session=b"s" * 16, context_tokens=32, step_tokens=6)),
-        "entry": pb.Frame(entry=pb.Entry(step=step + 1, position=machine.length, exit_rows=1, hidden=tensor(2, HIDDEN))),
+        "entry": pb.Frame(entry=pb.Entry(step=step + 1, position=machine.end, exit_rows=1, hidden=tensor(2, HIDDEN))),
         "compressed": pb.Frame(compressed=pb.Compressed(step=step, exchange=exchange, tensor=tensor(tokens, 2))),
         "injections": pb.Frame(injections=pb.Injections(step=step, exchange=exchange, tensor=tensor(tokens, 6))),
         "exit": pb.Frame(exit=pb.Exit(step=step, hidden=tensor(1, HIDDEN))),
         "truncate": pb.Frame(truncate=pb.Truncate(length=0)),
         "cancel": pb.Frame(cancel=pb.Cancel(step=step)),
-        "cancelled": pb.Frame(cancelled=pb.Cancelled(step=step, length=machine.before_step)),
+        "cancelled": pb.Frame(cancelled=pb.Cancelled(step=step, length=machine.running.position)),
         "close": pb.Frame(close=pb.Close()),
         "closed": pb.Frame(closed=pb.Closed()),
         "fault": pb.Frame(fault=pb.Fault(code=pb.FULL, detail="try later", retry_after_millis=5)),
         "abort": pb.Frame(abort=pb.Abort(code=pb.BAD_TENSOR)),
+        "ping": pb.Frame(ping=pb.Ping(id=7, padding=bytes(3), reply_bytes=5)),
+        "pong": pb.Frame(pong=pb.Pong(id=7, padding=bytes(5))),
     }
-    assert set(frames) == set(SENDERS) == {field.name for field in pb.Frame.DESCRIPTOR.fields}
+    assert set(frames) == set(SENDERS) == {field.name for field in KINDS}
     return frames[kind]
 
 
@@ -310,8 +324,8 @@ def send(kind: str, wire: Loopback) -> bytes:
         "hello": device.hello,
         "welcome": lambda: cloud.welcome(TERMS),
         "entry": lambda: device.entry(values(2, HIDDEN), 1),
-        "compressed": lambda: cloud.compressed(values(cloud.tokens, 2)),
-        "injections": lambda: device.injections(values(device.tokens, 6)),
+        "compressed": lambda: cloud.compressed(values(cloud.running.tokens, 2)),
+        "injections": lambda: device.injections(values(device.running.tokens, 6)),
         "exit": lambda: cloud.exit(values(1, HIDDEN)),
         "truncate": lambda: device.truncate(0),
         "cancel": device.cancel,
@@ -320,6 +334,8 @@ def send(kind: str, wire: Loopback) -> bytes:
         "closed": cloud.closed,
         "fault": lambda: cloud.fault("FULL", "try later", 5),
         "abort": lambda: device.abort("BAD_TENSOR"),
+        "ping": lambda: device.ping(7, 3, 5),
+        "pong": lambda: cloud._send(pb.Frame(pong=pb.Pong(id=7, padding=bytes(5)))),  # no call of its own: the answer to a ping
     }
     assert set(calls) == set(SENDERS)
     return calls[kind]()
@@ -333,11 +349,13 @@ def sides(kind: str, wire: Loopback) -> tuple[Session, Session]:
 @pytest.mark.parametrize("kind", SENDERS)
 @pytest.mark.parametrize("state", State)
 def test_every_kind_of_frame_in_every_state(state: State, kind: str) -> None:
-    wire = at(state, len(PLAN.exchanges) if (state, kind) == (State.COMPUTING, "exit") else 0)
+    exchanged = 2 if kind == "exit" and state is not State.WAITING else 0
+    wire = at(state, exchanged, cancelled=(state, kind) == (State.CLOSING, "cancelled"))
     assert wire.device.state is wire.cloud.state is state
     sender, receiver = sides(kind, wire)
     data = frame_of(kind, wire).SerializeToString()
     after = next_state(state, kind)
+    sent, received = sender.outbox.sent, receiver.received
 
     with pytest.raises(RemoteProtocolError, match=f"{kind} is not for a {sender.role} to receive") as caught:
         sender.receive(data)
@@ -362,6 +380,8 @@ def test_every_kind_of_frame_in_every_state(state: State, kind: str) -> None:
         event = receiver.receive(data)
         assert isinstance(event, Ignored) == (kind in ("compressed", "exit", "cancelled", "welcome") and after is state)
     assert receiver.state is after
+    numbered = kind not in UNNUMBERED
+    assert (sender.outbox.sent, receiver.received) == (sent + numbered, received + numbered)
 
 
 def test_the_table_has_no_dead_end_and_no_way_back_from_over() -> None:
@@ -372,11 +392,14 @@ def test_the_table_has_no_dead_end_and_no_way_back_from_over() -> None:
     assert not [key for key in TRANSITIONS if key[0] is State.OVER]
     for state in set(State) - {State.OVER}:
         assert TRANSITIONS[state, "fault"] is TRANSITIONS[state, "abort"] is State.OVER
+    assert set(LIVE) == set(State) - {State.START, State.GREETED, State.OVER}
+    assert {state for state, kind in TRANSITIONS if kind in ("ping", "pong")} == set(LIVE)
+    assert all(TRANSITIONS[state, "ping"] is TRANSITIONS[state, "pong"] is state for state in LIVE)
 
 
 def test_the_diagram_draws_the_whole_table() -> None:
     drawn = mermaid()
-    shown = {(state, kind): after for (state, kind), after in TRANSITIONS.items() if kind not in ("fault", "abort")}
+    shown = {(state, kind): after for (state, kind), after in TRANSITIONS.items() if kind not in ("fault", "abort", "ping", "pong")}
     for (state, kind), after in shown.items():
         assert f"    {state} --> {after}: {SENDERS[kind]} {kind}" in drawn.splitlines()
     assert len(drawn.splitlines()) == len(shown) + 3
@@ -393,13 +416,28 @@ def test_a_role_does_not_send_the_others_frames(kind: str) -> None:
 # Content that is refused
 
 
+def trace(machine: Session) -> tuple[Any, ...]:
+    """All that a frame may change; what is refused changes nothing of it."""
+    steps = [replace(step) for step in machine.steps]
+    return (
+        machine.state,
+        machine.length,
+        machine.step,
+        steps,
+        machine.received,
+        machine.outbox.sent,
+        machine.outbox.kept_bytes,
+        machine.terms,
+    )
+
+
 def refused(machine: Session, frame: pb.Frame | bytes, code: str, message: str) -> None:
-    state, length, step = machine.state, machine.length, machine.step
+    before = trace(machine)
     with pytest.raises(RemoteProtocolError, match=message) as caught:
         machine.receive(frame if isinstance(frame, bytes) else frame.SerializeToString())
     assert caught.value.code == code
     assert code in CODES
-    assert (machine.state, machine.length, machine.step) == (state, length, step)
+    assert trace(machine) == before
     answer = machine.fault(code, str(caught.value)) if isinstance(machine, CloudSession) else machine.abort(code)  # type: ignore[attr-defined]
     assert pb.Frame.FromString(answer).WhichOneof("kind") in ("fault", "abort")
     assert machine.state is State.OVER
@@ -461,8 +499,9 @@ def before(kind: str) -> Loopback:
         "cancelled": State.CANCELLING,
         "hello": State.START,
         "welcome": State.GREETED,
+        "truncate": State.READY,
     }
-    return at(state.get(kind, State.READY if kind == "truncate" else State.COMPUTING), 2 if kind == "exit" else 0)
+    return at(state.get(kind, State.COMPUTING), 2 if kind == "exit" else 0)
 
 
 BAD_CONTENT: dict[str, tuple[str, Change, str, str]] = {
@@ -471,16 +510,14 @@ BAD_CONTENT: dict[str, tuple[str, Change, str, str]] = {
     "short contract": ("hello", put(contract=b"\1" * 31), "BAD_FRAME", "contract of 31 bytes"),
     "no contract": ("hello", put(contract=b""), "BAD_FRAME", "contract of 0 bytes"),
     "short session": ("hello", put(session=b"\1" * 15), "BAD_FRAME", "a session id of 15"),
-    "resumed session": ("hello", put(session=b"\1" * 16), "EXPIRED", "resuming a session is not supported"),
-    "unknown wire dtype": ("hello", put(dtype=9), "WRONG_DTYPE", "wire dtype code 9; supported: fp32, fp16, bf16"),
+    "unknown wire dtype": ("hello", put(dtype=9), "WRONG_DTYPE", "wire dtype code 9; supported: fp32, fp16, bf16, int8"),
     "no wire dtype": ("hello", put(dtype=0), "WRONG_DTYPE", "wire dtype code 0"),
-    "welcome in another dtype": ("welcome", put(dtype=pb.BF16), "WRONG_DTYPE", "welcome with dtype bf16, asked for fp32"),
+    "welcome in another dtype": ("welcome", put(dtype=pb.BF16), "WRONG_DTYPE", "welcome with bf16, asked for fp32"),
     "welcome without a session": ("welcome", put(session=b""), "BAD_FRAME", "a session id of 0 bytes"),
     "welcome without context": ("welcome", put(context_tokens=0), "BAD_FRAME", "0 context tokens"),
     "welcome without steps": ("welcome", put(step_tokens=0), "BAD_FRAME", "0 tokens per step"),
     "step again": ("entry", put(step=1), "BAD_STEP", "entry of step 1, expected 2"),
     "step ahead": ("entry", put(step=3), "BAD_STEP", "entry of step 3, expected 2"),
-    "position behind": ("entry", put(position=0), "BAD_STEP", "entry at position 0, but 1 tokens are cached"),
     "position ahead": ("entry", put(position=2), "BAD_STEP", "entry at position 2, but 1 tokens are cached"),
     "no rows": ("entry", put(hidden=tensor_of(0, HIDDEN)), "BAD_STEP", r"entry of 0 tokens, expected 1\.\.6"),
     "too many rows": ("entry", put(hidden=tensor_of(7, HIDDEN)), "BAD_STEP", r"entry of 7 tokens, expected 1\.\.6"),
@@ -500,6 +537,12 @@ BAD_CONTENT: dict[str, tuple[str, Change, str, str]] = {
     "truncate beyond the cache": ("truncate", put(length=2), "BAD_STEP", "truncate to 2 tokens, but 1 are cached"),
     "cancel of another step": ("cancel", put(step=2), "BAD_STEP", "cancel of step 2, the last one is 1"),
     "cancelled of another step": ("cancelled", put(step=2), "BAD_STEP", "cancelled step 2 at length 0, expected step 1 at 0"),
+    "ping with text": ("ping", put(padding=b"my diary"), "BAD_FRAME", f"a ping of 8 bytes for a pong of 5: zeros, and at most {MAX_PROBE_BYTES}"),
+    "ping with a bit": ("ping", put(padding=bytes(4095) + b"\1"), "BAD_FRAME", "a ping of 4096 bytes"),
+    "ping too long": ("ping", put(padding=bytes(MAX_PROBE_BYTES + 1)), "BAD_FRAME", f"a ping of {MAX_PROBE_BYTES + 1} bytes"),
+    "ping for a long pong": ("ping", put(reply_bytes=MAX_PROBE_BYTES + 1), "BAD_FRAME", f"a ping of 3 bytes for a pong of {MAX_PROBE_BYTES + 1}"),
+    "pong with text": ("pong", put(padding=b"my diary"), "BAD_FRAME", f"a pong of 8 bytes: zeros, and at most {MAX_PROBE_BYTES}"),
+    "pong too long": ("pong", put(padding=bytes(MAX_PROBE_BYTES + 1)), "BAD_FRAME", f"a pong of {MAX_PROBE_BYTES + 1} bytes"),
     "cancelled at another length": ("cancelled", put(length=1), "BAD_STEP", "cancelled step 1 at length 1, expected step 1 at 0"),
 }  # fmt: skip
 
@@ -573,9 +616,19 @@ def test_what_a_machine_refuses_to_send() -> None:
         lambda: device.entry(values(2, HIDDEN), 3),
         lambda: device.entry(values(2, HIDDEN), -1),
         lambda: device.entry(values(2, HIDDEN), 1, values(2, 7)),
+        lambda: device.entry(values(2, HIDDEN), 1, position=2),
+        lambda: device.entry(values(2, HIDDEN), 1, position=-1),
+        lambda: device.ping(-1),
+        lambda: device.ping(2**32),
+        lambda: device.ping(1, -1),
+        lambda: device.ping(1, 0, -1),
+        lambda: device.ping(1, MAX_PROBE_BYTES + 1),
+        lambda: device.ping(1, 0, MAX_PROBE_BYTES + 1),
         lambda: device.truncate(2),
         lambda: device.truncate(-1),
         lambda: cloud.compressed(values(1, 2)),
+        at(State.CLOSING).cloud.cancelled,
+        lambda: at(State.COMPUTING, 1).cloud.exit(values(1, HIDDEN)),
         opened().device.cancel,
         lambda: at(State.WAITING).device.injections(values(1, 6)),
         lambda: at(State.WAITING).device.injections(values(2, 5)),
@@ -583,7 +636,8 @@ def test_what_a_machine_refuses_to_send() -> None:
         lambda: at(State.COMPUTING).cloud.compressed(values(2, 3)),
         lambda: at(State.COMPUTING, 2).cloud.compressed(values(2, 2)),
         lambda: at(State.COMPUTING, 2).cloud.exit(values(2, HIDDEN)),
-        lambda: DeviceSession(PLAN, SHAPE, CONTRACT, "int8"),
+        lambda: at(State.GREETED).cloud.welcome(replace(TERMS, window=0)),
+        lambda: at(State.GREETED).cloud.welcome(replace(TERMS, window=WINDOW + 1)),
     ):
         with pytest.raises(LocalProtocolError):
             call()
@@ -591,18 +645,317 @@ def test_what_a_machine_refuses_to_send() -> None:
     run_step(wire, 2, 1)  # nothing of it left a trace
 
 
+# Several steps in flight
+
+
+def pipelined(wire: Wire) -> Iterator[Callable[[], Any]]:
+    """Acts of three steps of 1, 2 and 3 tokens behind one another, as far apart as their order allows, then as close."""
+
+    def entry(tokens: int) -> Callable[[], Any]:
+        return lambda: wire.up.append(wire.device.entry(values(tokens, HIDDEN), 1))
+
+    def compressed(step: int) -> Callable[[], Any]:
+        return lambda: wire.down.append(wire.cloud.compressed(values(step, 2), step))
+
+    def injections(step: int) -> Callable[[], Any]:
+        return lambda: wire.up.append(wire.device.injections(values(step, 6), step))
+
+    def leave() -> None:
+        wire.down.append(wire.cloud.exit(values(1, HIDDEN)))
+
+    up, down = wire.deliver_up, wire.deliver_down
+    yield from (entry(1), entry(2), up, up, entry(3), up)
+    yield from (compressed(1), compressed(2), compressed(3), down, injections(1), up, compressed(1), down, down, down)
+    yield from (injections(1), injections(2), up, up, leave, down, compressed(2), down)
+    yield from (injections(3), injections(2), up, compressed(3), up, leave, down, down, injections(3), up, leave, down)
+
+
+PIPELINED_ACTS = len(list(pipelined(Wire())))
+
+
+def pipeline(done: int) -> Wire:
+    wire = Wire(terms=TERMS)
+    for act in list(pipelined(wire))[:done]:
+        act()
+    return wire
+
+
+def test_steps_behind_one_another() -> None:
+    wire = pipeline(PIPELINED_ACTS)
+    agree(wire, State.READY, 6)
+    assert wire.device.steps == wire.cloud.steps == []
+    run_step(wire, 4, 1)
+
+
+@pytest.mark.parametrize("done", range(1, PIPELINED_ACTS + 1))
+def test_cancel_and_close_after_every_act_of_several_steps(done: int) -> None:
+    """The oldest step that the device has in flight goes, and all behind it; what the cloud had finished of them goes too."""
+    wire = pipeline(done)
+    length = wire.device.length if wire.device.steps else wire.device._done[-1][1]
+    wire.up.append(wire.device.cancel())
+    wire.drain()
+    agree(wire, State.READY, length)
+    assert wire.device.steps == wire.cloud.steps == []
+    run_step(wire, 4, 1)
+
+    wire = pipeline(done)
+    wire.up.append(wire.device.close())
+    wire.drain()
+    assert (wire.device.state, wire.cloud.state) == (State.OVER, State.OVER)
+
+
+def two_steps(exchanged: int = 0) -> Loopback:
+    """Two steps of 2 tokens in flight; of the first, so many exchanges are done."""
+    wire = at(State.COMPUTING, exchanged)
+    wire.to_cloud(wire.device.entry(values(2, HIDDEN), 1))
+    return wire
+
+
+def test_the_window() -> None:
+    wire = at(State.COMPUTING)
+    for flying in range(1, WINDOW):
+        assert len(wire.device.steps) == len(wire.cloud.steps) == flying
+        wire.to_cloud(wire.device.entry(values(1, HIDDEN), 1))
+        assert wire.device.end == wire.cloud.end == 2 + flying
+    with pytest.raises(LocalProtocolError, match="an entry while 4 steps are in flight, the most are 4"):
+        wire.device.entry(values(1, HIDDEN), 1)
+    entry = pb.Entry(step=5, position=5, hidden=tensor_of(1, HIDDEN))
+    refused(wire.cloud, pb.Frame(entry=entry), "BAD_STEP", "an entry while 4 steps are in flight, the most are 4")
+    alone = opened(terms=ONE)
+    alone.to_cloud(alone.device.entry(values(1, HIDDEN), 0))
+    with pytest.raises(LocalProtocolError, match="an entry while 1 steps are in flight, the most are 1"):
+        alone.device.entry(values(1, HIDDEN), 1)
+    refused(alone.cloud, pb.Frame(entry=pb.Entry(step=2, position=1, hidden=tensor_of(1, HIDDEN))), "BAD_STEP", "the most are 1")
+
+
+def test_a_cloud_that_allows_more_than_we_keep_track_of() -> None:
+    wire = fresh()
+    wire.to_cloud(wire.device.hello())
+    welcome = frame_of("welcome", wire)
+    welcome.welcome.window, welcome.welcome.idle_millis = 1000, TERMS.idle_millis
+    assert wire.device.receive(welcome.SerializeToString()) == Opened(TERMS)  # WINDOW of them
+    welcome.welcome.window = 0
+    wire = at(State.GREETED)
+    assert wire.device.receive(welcome.SerializeToString()) == Opened(ONE)
+
+
+@pytest.mark.parametrize("position", [0, 1, 3, 5])
+def test_a_step_behind_another_begins_where_that_one_ends(position: int) -> None:
+    wire = at(State.COMPUTING)  # two tokens
+    wire.to_cloud(wire.device.entry(values(2, HIDDEN), 1))
+    with pytest.raises(LocalProtocolError, match=f"entry at position {position}, but 4 tokens are in flight or cached"):
+        wire.device.entry(values(1, HIDDEN), 1, position=position)
+    entry = pb.Entry(step=3, position=position, hidden=tensor_of(1, HIDDEN))
+    refused(wire.cloud, pb.Frame(entry=entry), "BAD_STEP", f"entry at position {position}, but 4 tokens are in flight or cached")
+
+
+def test_no_step_overtakes_another() -> None:
+    overtakes = "exchange 0 of step 2 overtakes step 1"
+    early = pb.Frame(compressed=pb.Compressed(step=2, tensor=tensor_of(2, 2)))
+    with pytest.raises(LocalProtocolError, match=overtakes):
+        two_steps().cloud.compressed(values(2, 2), 2)
+    refused(two_steps().device, early, "BAD_STEP", overtakes)
+
+    def both_waiting() -> Loopback:
+        wire = two_steps()
+        for step in (1, 2):
+            wire.to_device(wire.cloud.compressed(values(2, 2), step))
+        return wire
+
+    with pytest.raises(LocalProtocolError, match=overtakes):
+        both_waiting().device.injections(values(2, 6), 2)
+    injections = pb.Frame(injections=pb.Injections(step=2, tensor=tensor_of(2, 6)))
+    refused(both_waiting().cloud, injections, "BAD_STEP", overtakes)
+    wire = both_waiting()
+    for step in (1, 2):
+        wire.to_cloud(wire.device.injections(values(2, 6), step))
+    with pytest.raises(LocalProtocolError, match="exchange 1 of step 2 overtakes step 1"):
+        wire.cloud.compressed(values(2, 2), 2)
+    exit_ = pb.Frame(exit=pb.Exit(step=2, hidden=tensor_of(1, HIDDEN)))
+    refused(wire.device, exit_, "BAD_STEP", "exit of step 2, expected 1")
+
+
+def test_each_step_has_a_state_of_its_own() -> None:
+    wire = two_steps()
+    wire.to_device(wire.cloud.compressed(values(2, 2)))
+    assert [step.state for step in wire.device.steps] == [step.state for step in wire.cloud.steps] == [State.WAITING, State.COMPUTING]
+    assert wire.device.state is wire.cloud.state is State.WAITING
+    with pytest.raises(LocalProtocolError, match="injections is not legal in state computing"):
+        wire.device.injections(values(2, 6), 2)
+    with pytest.raises(LocalProtocolError, match="compressed is not legal in state waiting"):
+        wire.cloud.compressed(values(2, 2))
+    with pytest.raises(LocalProtocolError, match="compressed of step 3, which is not in flight"):
+        wire.cloud.compressed(values(2, 2), 3)
+    again = pb.Frame(compressed=pb.Compressed(step=1, tensor=tensor_of(2, 2)))
+    refused(wire.device, again, "BAD_STATE", "compressed is not legal in state waiting")
+    not_asked = pb.Frame(injections=pb.Injections(step=2, tensor=tensor_of(2, 6)))
+    refused(wire.cloud, not_asked, "BAD_STATE", "injections is not legal in state computing")
+    with pytest.raises(LocalProtocolError, match="truncate is not legal in state computing"):
+        two_steps().device.truncate(0)
+
+
+# Rolling back
+
+
+@pytest.mark.parametrize("plan", [PLAN, ENTRY_PLAN], ids=["exchanges", "entry"])
+@pytest.mark.parametrize("position", range(6))
+def test_an_entry_rolls_the_cache_back(position: int, plan: ExchangePlan) -> None:
+    wire = opened(plan)
+    run_step(wire, 5, 1)
+    injection = values(2, 7) if plan is ENTRY_PLAN else None
+    begun = wire.to_cloud(wire.device.entry(values(2, HIDDEN), 1, injection, position=position))
+    assert isinstance(begun, StepBegun)
+    assert begun.position == position
+    assert wire.device.length == wire.cloud.length == position
+    assert wire.device.end == wire.cloud.end == position + 2
+    assert wire.to_cloud(wire.device.cancel()) == CancelAsked(2, position)  # the rest stays dropped
+    assert wire.to_device(wire.cloud.cancelled()) == CancelDone(position)
+    run_step(wire, 1, 1)
+    agree(wire, State.READY, position + 1)
+
+
+def test_speculation_costs_no_message() -> None:
+    """Five rounds of three drafted tokens of which one stays: an entry and an exit each, and nothing else."""
+    wire = opened(ENTRY_PLAN)
+    run_step(wire, 6, 1)
+    frames = len(wire.transcript)
+    for kept in range(6, 16, 2):
+        begun = wire.to_cloud(wire.device.entry(values(4, HIDDEN), 4, values(4, 7), position=kept))
+        assert isinstance(begun, StepBegun)
+        wire.to_device(wire.cloud.exit(values(4, HIDDEN)))
+        agree(wire, State.READY, kept + 4)
+    assert len(wire.transcript) - frames == 2 * 5
+
+
+def test_a_cancel_that_crosses_the_exit_of_a_step_that_rolled_back() -> None:
+    wire = opened(ENTRY_PLAN)
+    run_step(wire, 6, 1)
+    wire.to_cloud(wire.device.entry(values(2, HIDDEN), 0, values(2, 7), position=3))
+    crossing = wire.cloud.exit(values(0, HIDDEN))
+    assert wire.cloud.length == 5
+    assert wire.to_cloud(wire.device.cancel()) == CancelAsked(2, 3)
+    assert wire.to_device(crossing) == Ignored("exit")
+    assert wire.to_device(wire.cloud.cancelled()) == CancelDone(3)
+    agree(wire, State.READY, 3)
+
+
+def test_a_cancel_names_one_of_the_last_steps() -> None:
+    wire = opened()
+    for _ in range(2 * WINDOW + 1):
+        run_step(wire, 1, 1)
+    cancel = pb.Frame(cancel=pb.Cancel(step=1))
+    refused(wire.cloud, cancel, "BAD_STEP", "cancel of step 1, the last one is 9")
+
+
+# Pings
+
+
+@pytest.mark.parametrize("state", LIVE)
+def test_a_ping_disturbs_nothing(state: State) -> None:
+    wire = at(state)
+    before = trace(wire.device), trace(wire.cloud)
+    for number, padding, reply in ((0, 0, 0), (2**32 - 1, 1000, MAX_PROBE_BYTES), (5, MAX_PROBE_BYTES, 7)):
+        arrived = wire.to_cloud(wire.device.ping(number, padding, reply))
+        assert isinstance(arrived, PingArrived)
+        pong = pb.Frame.FromString(arrived.answer).pong
+        assert (pong.id, pong.padding) == (number, bytes(reply))
+        assert wire.to_device(arrived.answer) == PongArrived(number)
+    assert (trace(wire.device), trace(wire.cloud)) == before
+
+
+def test_a_ping_is_known_by_its_first_byte() -> None:
+    """So that a carrier may let it overtake what waits for the engine."""
+    for wire in (at(State.READY), leased()):
+        for kind in SENDERS:
+            frame = frame_of(kind, wire)
+            frame.received = 3
+            assert is_ping(frame.SerializeToString()) == (kind == "ping")
+        assert is_ping(wire.device.ping(0))
+        assert not is_ping(b"")
+
+
+# Versions
+
+
+def leased() -> Loopback:
+    return opened(terms=replace(TERMS, lease_millis=5_000))
+
+
+def greeted_by(minor: int, **capabilities: bool) -> CloudSession:
+    cloud = fresh().cloud
+    hello = pb.Hello(
+        major=MAJOR, minor=minor, contract=bytes.fromhex(CONTRACT), capabilities=pb.Capabilities(**capabilities), dtype=pb.FP32
+    )
+    assert isinstance(cloud.receive(pb.Frame(hello=hello).SerializeToString()), Greeting)
+    return cloud
+
+
+def test_a_device_of_minor_1_hears_only_what_it_knows() -> None:
+    """It takes any other field for a place to hide text, and refuses it."""
+    cloud = greeted_by(1, fp16=True, bf16=True)
+    asked = replace(TERMS, lease_millis=5_000, window=WINDOW)
+    said = pb.Frame.FromString(cloud.welcome(asked))
+    assert cloud.terms == replace(TERMS, lease_millis=0, window=1)
+    assert not said.received
+    assert {field.number for field, _ in said.welcome.ListFields()} == {1, 2, 3, 4, 5, 6, 7}
+    assert {field.number for field, _ in said.welcome.capabilities.ListFields()} == {1, 2}
+    for number in (1, 2):
+        entry = pb.Entry(step=number, position=number - 1, exit_rows=1, hidden=tensor_of(1, HIDDEN))
+        cloud.receive(pb.Frame(entry=entry).SerializeToString())
+        for exchange in (0, 1):
+            frame = pb.Frame.FromString(cloud.compressed(values(1, 2)))
+            assert {field.number for field, _ in frame.ListFields()} == {4}
+            injections = pb.Injections(step=number, exchange=exchange, tensor=tensor_of(1, 6))
+            cloud.receive(pb.Frame(injections=injections).SerializeToString())
+        frame = pb.Frame.FromString(cloud.exit(values(1, HIDDEN), compute_micros=77))
+        assert {field.number for field, _ in frame.exit.ListFields()} == {1, 2}
+
+
+def test_a_device_that_cannot_resume_gets_no_lease() -> None:
+    cloud = greeted_by(MINOR, fp16=True)
+    cloud.welcome(replace(TERMS, lease_millis=5_000))
+    assert cloud.terms == TERMS
+    cloud = greeted_by(MINOR, resume=True)
+    cloud.welcome(replace(TERMS, lease_millis=5_000))
+    assert cloud.terms == replace(TERMS, lease_millis=5_000)
+
+
+def test_a_later_minor_is_served_too() -> None:
+    assert greeted_by(MINOR + 1, resume=True).welcome(TERMS)
+
+
+def test_a_close_that_crosses_the_welcome_of_a_leased_session() -> None:
+    """The device then hears counts under terms that it took note of while closing."""
+    wire = fresh()
+    hello, close = wire.device.hello(), wire.device.close()
+    assert not wire.device.live  # there is nothing yet to go on with
+    wire.to_cloud(hello)
+    welcome = wire.cloud.welcome(replace(TERMS, lease_millis=5_000))
+    assert wire.to_device(welcome) == Ignored("welcome")
+    assert wire.device.live
+    assert wire.device.outbox.after(0) == [close]  # a lost one can be sent again
+    assert wire.to_cloud(close) == CloseAsked()
+    assert wire.to_device(wire.cloud.closed()) == ClosedDone()
+
+
 # Frames as bytes
 
 
 def field(number: int, data: bytes) -> bytes:
     """A length-delimited protobuf field."""
-    return bytes([number << 3 | 2, len(data)]) + data
+    tag = number << 3 | 2
+    return (bytes([tag]) if tag < 128 else bytes([tag & 127 | 128, tag >> 7])) + bytes([len(data)]) + data
 
 
+RECEIVED = bytes([16 << 3 & 127 | 128, 1])
+"""Tag of Frame.received."""
 SECRET = b"my diary"
 HELLO = frame_of("hello", fresh()).SerializeToString()
 NOT_CANONICAL: dict[str, bytes] = {
-    "unknown field of the frame": HELLO + field(15, SECRET),
+    "unknown field of the frame": HELLO + field(17, SECRET),
+    "a count of nothing": HELLO + RECEIVED + b"\0",
+    "a count before its frame": RECEIVED + b"\1" + HELLO,
+    "an overlong count": HELLO + RECEIVED + b"\x81\x00",
     "unknown field of the message": field(1, HELLO[2:] + field(15, SECRET)),
     "unknown number": field(1, HELLO[2:] + b"\x78\x05"),
     "the same message twice": HELLO + HELLO,
@@ -616,7 +969,9 @@ NOT_CANONICAL: dict[str, bytes] = {
 
 def test_the_bytes_that_the_others_vary_are_accepted() -> None:
     assert HELLO[:4] == bytes([1 << 3 | 2, len(HELLO) - 2, 1 << 3, MAJOR])
-    assert fresh().cloud.receive(HELLO) == Greeting("fp32", b"")
+    assert fresh().cloud.receive(HELLO) == Greeting(uniform("fp32"), b"")
+    counted = pb.Frame(hello=pb.Hello(), received=1).SerializeToString()
+    assert counted == b"\x0a\x00" + RECEIVED + b"\1"
 
 
 @pytest.mark.parametrize("name", NOT_CANONICAL)
@@ -627,7 +982,7 @@ def test_no_place_for_text_in_a_frame(name: str) -> None:
 
 def test_a_growing_enum_leaves_no_room_for_text() -> None:
     """An enum of -1 in 5 bytes is written in 10: by size alone, 5 bytes of unknown field would pass."""
-    data = field(13, b"\x08\xff\xff\xff\xff\x0f") + field(15, b"abc")
+    data = field(13, b"\x08\xff\xff\xff\xff\x0f") + field(17, b"ab")
     parsed = pb.Frame.FromString(data)
     parsed.DiscardUnknownFields()
     assert parsed.ByteSize() == len(data)
@@ -654,7 +1009,7 @@ def test_a_frame_over_the_limit_is_neither_read_nor_sent() -> None:
     refused(opened().device, b"\0" * (MAX_FRAME_BYTES + 1), "BAD_FRAME", "the limit is")
     wire = Loopback(PLAN, shape_of(8192, 2), CONTRACT)
     wire.to_cloud(wire.device.hello())
-    wire.to_device(wire.cloud.welcome(Terms("fp32", 512, 512, 1, b"s" * 16)))
+    wire.to_device(wire.cloud.welcome(replace(TERMS, context_tokens=512, step_tokens=512)))
     with pytest.raises(LocalProtocolError, match=r"entry: \d+ bytes, the limit is 4194304; send fewer tokens per step"):
         wire.device.entry(np.zeros((200, 8192), np.float32), 1)
     agree(wire, State.READY, 0)
@@ -720,9 +1075,11 @@ def test_no_frame_of_a_step_passes_the_limit(drawn: tuple[ExchangePlan, DecoderS
     assert 1 <= tokens <= MAX_STEP_TOKENS
     wire = Loopback(plan, shape, CONTRACT)
     wire.to_cloud(wire.device.hello())
-    wire.to_device(wire.cloud.welcome(Terms("fp32", 2**32 - 1, tokens, 1, b"s" * 16)))
+    wire.to_device(wire.cloud.welcome(replace(TERMS, context_tokens=2**32 - 1, step_tokens=tokens, lease_millis=2**32 - 1)))
     wire.device.length = wire.cloud.length = 2**32 - 1 - tokens  # the longest numbers
     wire.device.step = wire.cloud.step = 2**64 - 2
+    for machine in (wire.device, wire.cloud):
+        machine.received = machine.outbox.sent = machine.outbox._received = 2**64 - 2**10
 
     def zeros(columns: int) -> Floats:
         return np.zeros((tokens, columns), np.float32)
@@ -732,7 +1089,7 @@ def test_no_frame_of_a_step_passes_the_limit(drawn: tuple[ExchangePlan, DecoderS
     for exchange in plan.exchanges:
         wire.to_device(wire.cloud.compressed(zeros(exchange.compressed_columns)))
         wire.to_cloud(wire.device.injections(zeros(exchange.injection_columns)))
-    wire.to_device(wire.cloud.exit(zeros(shape.hidden)))
+    wire.to_device(wire.cloud.exit(zeros(shape.hidden), 2**40))
     largest = max(len(data) for _, data in wire.transcript)
     assert largest <= MAX_FRAME_BYTES
     assert tokens == MAX_STEP_TOKENS or largest * (tokens + 1) / tokens > MAX_FRAME_BYTES - 1024  # and no shorter than need be
@@ -812,7 +1169,7 @@ def offenders(message: Descriptor, path: str) -> list[str]:
     found = []
     for each in message.fields:
         here = f"{path}.{each.name}"
-        allowed = f"{message.name}.{each.name}" in ("Tensor.data", "Hello.contract", "Hello.session")
+        allowed = f"{message.name}.{each.name}" in ("Tensor.data", "Tensor.scales", "Hello.contract", "Hello.session", "Ping.padding")
         holds_text = each.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_GROUP, FieldDescriptor.TYPE_BYTES)
         if each.is_repeated or (holds_text and not allowed):
             found.append(here)
@@ -822,20 +1179,26 @@ def offenders(message: Descriptor, path: str) -> list[str]:
 
 
 def test_what_a_device_sends_has_no_field_for_text() -> None:
-    for kind in pb.Frame.DESCRIPTOR.fields:
+    """Ping.padding is allowed since it must be zeros ("ping with text", above), scales since they are floats that the shape counts."""
+    for kind in KINDS:
         if SENDERS[kind.name] is Role.DEVICE:
             assert offenders(kind.message_type, kind.name) == []
+    (beside,) = set(pb.Frame.DESCRIPTOR.fields) - set(KINDS)
+    assert (beside.name, beside.type, beside.is_repeated) == ("received", FieldDescriptor.TYPE_UINT64, False)
 
 
 def test_the_walk_over_the_schema_finds_what_it_looks_for() -> None:
     assert offenders(pb.Fault.DESCRIPTOR, "fault") == ["fault.detail"]
     assert offenders(pb.Welcome.DESCRIPTOR, "welcome") == ["welcome.session"]
+    assert offenders(pb.Pong.DESCRIPTOR, "pong") == ["pong.padding"]
     assert "frame.fault.detail" in offenders(pb.Frame.DESCRIPTOR, "frame")
 
 
 def test_kinds_and_enums_are_named_alike_everywhere() -> None:
     assert {code: name.lower() for name, code in pb.Dtype.items() if code} == tensors.DTYPES
     assert {name: code for code, name in tensors.DTYPES.items()} == tensors.CODES
+    assert set(tensors.VALUE_BYTES) == set(tensors.CODES)
+    assert UNNUMBERED < set(SENDERS)
     for kind, sender in SENDERS.items():
         receiver = CloudSession if sender is Role.DEVICE else DeviceSession
         assert hasattr(receiver, f"_on_{kind}"), kind

@@ -1,0 +1,253 @@
+"""One session: its machine, its slot of the KV cache, its steps in flight. It outlives the connections that carry it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..artifact.errors import NotFinite, PloraError, RemoteProtocolError
+from ..artifact.plan import Exchange, Segment
+from ..artifact.walk import Exit
+from ..protocol.events import Aborted, CancelAsked, CloseAsked, Event, Greeting, InjectionsArrived, PingArrived, StepBegun, Truncated
+from ..protocol.roles import CloudSession
+from ..protocol.states import State
+from .carrier import Carrier, Gone
+from .engine import Row
+
+if TYPE_CHECKING:
+    from .service import Service
+
+log = logging.getLogger("plora.cloud")
+
+STOPPING = "the server is shutting down; connect to another one, or again later"
+
+
+@dataclass
+class Running:
+    """A step in flight. stage: the next one of the walk; seconds: computed so far."""
+
+    row: Row
+    exit_rows: int
+    stage: int = 0
+    seconds: float = 0.0
+
+
+class Session:
+    """Runs as a task of its own: a connection that breaks must not stop a step half-way. Whoever has the session id may go on with it
+    over another connection, for as long as its lease runs (`lost_at` says since when it has none)."""
+
+    def __init__(self, service: Service, machine: CloudSession, slot: int, carrier: Carrier) -> None:
+        self.service = service
+        self.machine = machine
+        self.slot = slot
+        self.steps: dict[int, Running] = {}
+        self.carrier: Carrier | None = carrier
+        self.lost_at: float | None = None
+        self.heard_at = time.monotonic()
+        self.computing = False
+        self._writing = asyncio.Lock()
+        self._waiter: asyncio.Future[None] | None = None
+        self._ending: tuple[str, str] | None = None
+        carrier.wake = self._wake
+        self.task = asyncio.create_task(self._run())
+
+    @property
+    def leased(self) -> bool:
+        return self.machine.terms is not None and self.machine.terms.lease_millis > 0
+
+    # Connections
+
+    async def take_up(self, carrier: Carrier, greeting: Greeting) -> None:
+        """Goes on over another connection: what the device lacks is sent again. Raises RemoteProtocolError, and then nothing changed."""
+        welcome, *lacking = self.machine.welcome_back(greeting)
+        self._leave()  # its frames are void: the device sends again what we have not received
+        carrier.next_frame = self.machine.outbox.sent + 1 - len(lacking)
+        carrier.wake = self._wake
+        log.info("session taken up again, %d frames sent again", len(lacking))
+        async with self._writing:
+            self._leave()  # one that came in between
+            if not self.machine.live:
+                raise RemoteProtocolError("no such session; begin a new one", "EXPIRED")
+            self.heard_at, self.lost_at = time.monotonic(), None
+            self.carrier = carrier
+            try:
+                await carrier.write(welcome, self.service.limits.write_seconds)
+            except Gone:
+                carrier.end()
+        await self._flush()
+        self._wake()
+
+    def _leave(self) -> None:
+        """Ends the connection that there is, if any; its lease runs from now on."""
+        carrier, self.carrier = self.carrier, None
+        if carrier is not None:
+            carrier.drop()
+            self.lost_at = time.monotonic()
+
+    async def ping(self, data: bytes) -> None:
+        """Answers at once, whatever the engine does."""
+        try:
+            event = self.machine.receive(data)
+        except RemoteProtocolError as error:
+            self.end(error.code, str(error))
+            return
+        if isinstance(event, PingArrived):
+            await self._say(event.answer)
+
+    async def _say(self, data: bytes) -> None:
+        """A frame that belongs to this connection alone."""
+        async with self._writing:
+            if (carrier := self.carrier) is not None:
+                try:
+                    await carrier.write(data, self.service.limits.write_seconds)
+                except Gone:
+                    carrier.end()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _receive(self) -> bytes:
+        """The next frame, over this connection or a later one. Raises Gone if there will be none."""
+        while True:
+            if self.carrier is not None and self.carrier.inbox:
+                return self.carrier.pop()
+            if self.carrier is not None and self.carrier.gone:
+                if not self.leased:
+                    raise Gone
+                self.carrier, self.lost_at = None, time.monotonic()
+                log.info("connection lost, the session waits")
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+            self._waiter = None
+
+    async def _write(self, data: bytes) -> None:
+        """Sends the frame that the machine has just made, or keeps it for the next connection."""
+        if self.leased:
+            await self._flush()
+        else:
+            await self._say(data)
+
+    async def _flush(self) -> None:
+        """All numbered frames that this connection has not carried yet, in order."""
+        async with self._writing:
+            while (carrier := self.carrier) is not None and (frame := self.machine.outbox.frame(carrier.next_frame)) is not None:
+                try:
+                    await carrier.write(frame, self.service.limits.write_seconds)
+                except Gone:
+                    carrier.end()
+                    return
+                carrier.next_frame += 1
+
+    # Life
+
+    async def _run(self) -> None:
+        """Until the session is over, whoever ends it. Never raises for what a peer does."""
+        try:
+            while self.machine.state is not State.OVER:
+                if self.service.stopping and self.machine.state is State.READY:
+                    await self._fault("STOPPING", STOPPING)
+                    break
+                await self._handle(self.machine.receive(await self._receive()))
+        except RemoteProtocolError as error:
+            log.info("session refused: %s", error.code)
+            await self._fault(error.code, str(error))
+        except Gone:
+            pass
+        except asyncio.CancelledError:
+            if self._ending is None:
+                raise
+            log.info("session ended: %s", self._ending[1])
+            await self._fault(*self._ending)
+        except NotFinite as error:
+            await self._fault("BAD_TENSOR", f"what the device sent makes values that are not finite: {error}")
+        except PloraError as error:
+            log.error("session failed: %s", type(error).__name__)
+            await self._fault("INTERNAL", f"{type(error).__name__}: {error}")
+        except Exception as error:  # whatever it was, the session ends by name and the others go on
+            log.exception("session failed")
+            await self._fault("INTERNAL", type(error).__name__)
+        finally:
+            self.service.release(self)
+            if self.carrier is not None:
+                self.carrier.end()
+                self.carrier.task.cancel()  # its handler reads no more
+
+    def end(self, code: str, detail: str) -> None:
+        """Ends the session from outside, by name; a step that runs is not waited for."""
+        self._ending = (code, detail)
+        self.task.cancel()
+
+    def nudge(self) -> None:
+        """The server stops: a session that waits for its device between steps ends now."""
+        if self.machine.state is State.READY and not self.computing:
+            self.end("STOPPING", STOPPING)
+
+    async def _fault(self, code: str, detail: str) -> None:
+        """Says why the session is over, if anyone is still there to hear it, and for a moment only."""
+        if self.machine.state is State.OVER:
+            return
+        frame = self.machine.fault(code, detail)
+        try:
+            async with asyncio.timeout(1.0):
+                await self._say(frame)
+        except TimeoutError:
+            pass
+
+    # Steps
+
+    async def _handle(self, event: Event) -> None:
+        engine = self.service.engine
+        match event:
+            case StepBegun():
+                row = engine.begin(self.slot, event.position, event.hidden, event.injection)
+                self.steps[event.step] = Running(row, event.exit_rows)
+                await self._advance(event.step)
+            case InjectionsArrived():
+                engine.inject(self.steps[event.step].row, event.exchange.index, event.values)
+                await self._advance(event.step)
+            case CancelAsked():
+                self.steps = {number: step for number, step in self.steps.items() if number < event.step}
+                await self._write(self.machine.cancelled())
+            case CloseAsked():
+                await self._write(self.machine.closed())
+            case Aborted(code):
+                log.info("a device gave up: %s", code)
+            case Truncated():
+                pass
+            case _:
+                raise AssertionError(f"the machine let {event} through")
+
+    async def _advance(self, number: int) -> None:
+        """Walks a step on to where it needs the device again."""
+        engine, stages, step = self.service.engine, self.service.stages, self.steps[number]
+        while True:
+            stage = stages[step.stage]
+            step.stage += 1
+            if isinstance(stage, Exchange):
+                segment = stages[step.stage]
+                assert isinstance(segment, Segment)  # an exchange starts a segment
+                (compressed,) = await self._compute(engine.open, segment, step)
+                await self._write(self.machine.compressed(compressed, number))
+                await self._compute(engine.ahead, segment, step)
+                return
+            if isinstance(stage, Segment):
+                await self._compute(engine.run if stage.exchange is not None else engine.through, stage, step)
+            elif isinstance(stage, Exit):
+                del self.steps[number]
+                await self._write(self.machine.exit(engine.exit(step.row, step.exit_rows), int(step.seconds * 1e6)))
+                return
+
+    async def _compute(self, work: Callable[..., Any], segment: Segment, step: Running) -> Any:
+        began = time.perf_counter()
+        self.computing = True
+        try:
+            return await self.service.compute(work, segment, [step.row])
+        finally:
+            self.computing = False
+            self.heard_at = time.monotonic()  # the device could not know more
+            step.seconds += time.perf_counter() - began
