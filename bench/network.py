@@ -44,15 +44,16 @@ PLANS = {
     "entry": PlanChoice("entry", front_layers=4, shared_injection=2048),
 }
 """As in bench/plans.py; entry-own: each core its own injection."""
-FEW, SOME, MANY = 6, 20, 64
-"""New tokens of an answer: of the paper's plan, of the grouped one, of the others."""
-SHORT = ("chat", "repeat")
-"""Prompts for every link; all of them at EVERY_PROMPT."""
-EVERY_PROMPT = ("0", "20", "80", "5g")
-RATES = {"plain": {}, "drafts": {"speculate": True}}
+NEW_TOKENS = {"paper": 5, "grouped": 16, "entry-own": 32, "entry": 48}
+"""Of an answer: a plan that is slow has a steady pace, and drafts want some text to work on."""
+EVERY_PROMPT = ("20", "80")
+"""Links for which every plan answers every prompt, grouped and entry with drafts, too. Over the others each answers one short prompt, and
+the entry plan, with and without drafts, one that repeats itself as well."""
+ONE, REPEATING = "chat", "repeat"
+MODES = {"plain": {}, "drafts": {"speculate": True}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One thing to measure: a plan over a link with a prompt, with drafts or without."""
 
@@ -63,24 +64,29 @@ class Cell:
 
     @property
     def count(self) -> int:
-        most = {"paper": FEW, "grouped": SOME}.get(self.plan, MANY)
-        return min(most, self.prompt.new_tokens)
+        return min(NEW_TOKENS[self.plan], self.prompt.new_tokens)
 
 
 def links() -> dict[str, Profile]:
-    return {**{f"{millis:g}": rtt_only(millis) for millis in RTT_SWEEP_MILLIS}, **PROFILES}
+    return {**{f"{millis:g}": rtt_only(millis) for millis in RTT_SWEEP_MILLIS}, **{n: p for n, p in PROFILES.items() if n != "loopback"}}
 
 
 def cells(plans: list[str]) -> list[Cell]:
-    """The paper's plan is not measured with drafts: it is what the others are held against."""
     return [
         Cell(plan, link, prompt, mode)
         for link in links()
         for plan in plans
         for prompt in PROMPTS
-        for mode in RATES
-        if (prompt.name in SHORT or link in EVERY_PROMPT) and not (plan == "paper" and mode == "drafts")
+        for mode in MODES
+        if wanted(plan, link, prompt, mode)
     ]
+
+
+def wanted(plan: str, link: str, prompt: Prompt, mode: str) -> bool:
+    """The paper's plan is not measured with drafts: it is what the others are held against."""
+    if link in EVERY_PROMPT:
+        return mode == "plain" or plan in ("grouped", "entry")
+    return prompt.name in (ONE, REPEATING) if plan == "entry" else prompt.name == ONE and mode == "plain"
 
 
 def make_exports(base: str, plans: list[str]) -> str:
@@ -156,9 +162,11 @@ def measure(sides: Sides, wanted: list[Cell], ids: dict[str, list[int]], rounds:
     for number in range(1, rounds + 1):
         for prompt in PROMPTS:
             for plan, worker in sides.unsplit.items():
-                alone[plan].setdefault(prompt.name, []).append(worker.generate(ids[prompt.name], min(MANY, prompt.new_tokens)))
+                alone[plan].setdefault(prompt.name, []).append(
+                    worker.generate(ids[prompt.name], min(max(NEW_TOKENS.values()), prompt.new_tokens))
+                )
             if sides.llama is not None:
-                timed = sides.llama.generate(ids[prompt.name], min(MANY, prompt.new_tokens))
+                timed = sides.llama.generate(ids[prompt.name], min(max(NEW_TOKENS.values()), prompt.new_tokens))
                 alone["device"].setdefault(prompt.name, []).append({"seconds": timed.seconds, "first_seconds": timed.first_seconds})
         for link, profile in profiles.items():
             own = [cell for cell in wanted if cell.link == link]
@@ -167,7 +175,7 @@ def measure(sides: Sides, wanted: list[Cell], ids: dict[str, list[int]], rounds:
                 for each in addresses.values():
                     pin(each.pid, DEVICE_CORE)
                 for cell in own:
-                    options = {"cloud": addresses[cell.plan].address, **RATES[cell.mode]}
+                    options = {"cloud": addresses[cell.plan].address, **MODES[cell.mode]}
                     answers[cell].append(sides.devices[cell.plan].generate(ids[cell.prompt.name], cell.count, **options))
             print(f"round {number} of {rounds}: {link}", file=sys.stderr, flush=True)
     return answers, alone
@@ -243,22 +251,19 @@ def headline(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Tokens per second by link, over the prompts that every link has."""
-    lines = ["| link | " + " | ".join(f"{plan}, {mode}" for plan, modes in figures["plans"].items() for mode in modes) + " |"]
-    lines.append("|" + "---|" * (lines[0].count("|") - 1))
+    """Tokens per second by link: of the short prompt plain, and of the repeating one with drafts where that was measured."""
+    columns = [(plan, "plain", ONE) for plan in figures["plans"]] + [("entry", "plain", REPEATING), ("entry", "drafts", REPEATING)]
+    columns = [column for column in columns if column[0] in figures["plans"]]
+    lines = ["| link | " + " | ".join(", ".join(column) for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for link in links():
-        row = [link]
-        for modes in figures["plans"].values():
-            for by_link in modes.values():
-                own = by_link[link]
-                row.append(" / ".join(f"{own[name]['tokens_per_second']:.1f}" for name in SHORT))
-        lines.append("| " + " | ".join(row) + " |")
+        rates = [figures["plans"][plan][mode][link][name]["tokens_per_second"] for plan, mode, name in columns]
+        lines.append(f"| {link} | " + " | ".join(f"{each:.1f}" for each in rates) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed over networks, by plan.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--plans", nargs="+", choices=list(PLANS), default=list(PLANS), metavar="PLAN", help="some; nothing is written then"
     )

@@ -34,7 +34,7 @@ class Outbox:
             self._received += 1
 
     def after(self, count: int) -> list[bytes]:
-        """The frames that a peer lacks which received `count`. Raises RemoteProtocolError if they are no longer kept, or were never sent."""
+        """The frames that a peer lacks which received `count`. Raises RemoteProtocolError if they are not kept any more, or never were."""
         if not self._received <= count <= self.sent:
             raise RemoteProtocolError(
                 f"a peer that received {count} numbered frames, expected {self._received}..{self.sent}: it cannot go on from there",

@@ -40,14 +40,14 @@ def read_precision(text: str) -> Precision:
     """`fp16`, or `entry=fp16,injections=int8`: kinds not named are fp32. Raises UsageError."""
     if "=" not in text:
         return uniform(text)
-    pairs = [pair.partition("=")[::2] for pair in text.split(",")]
-    named = [kind for kind, _ in pairs]
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    named = [kind for kind, _, _ in pairs]
     kinds = [field.name for field in fields(Precision)]
     if odd := set(named) - set(kinds):
         raise UsageError(f"wire dtype for {sorted(odd)[0]!r}: the kinds are {', '.join(kinds)}")
     if twice := [kind for kind in kinds if named.count(kind) > 1]:
         raise UsageError(f"wire dtype for {twice[0]!r} said twice")
-    return Precision(**dict(pairs))
+    return Precision(**{kind: dtype for kind, _, dtype in pairs})
 
 
 def settle(dtype: int, message: pb.Precision | None) -> Precision | str:

@@ -37,7 +37,6 @@ from .session import Session
 from .states import Role, State
 from .tensors import Floats
 
-
 CAPABILITIES = pb.Capabilities(fp16=True, bf16=True, resume=True, int8=True)
 CAPABILITIES_1 = pb.Capabilities(fp16=True, bf16=True)
 """To a device of minor 1, which takes a field that it does not know for text."""
@@ -224,8 +223,8 @@ class CloudSession(Session):
         self._cancelling: tuple[int, int] | None = None  # the step that the device gave up, and the length that this leaves
 
     def welcome(self, terms: Terms) -> bytes:
-        """Opens the session on `terms` (whose precision is the one that the device asked for); `self.terms` is what of them holds: a device
-        that cannot resume gets no lease, and one of minor 1 has one step in flight, since it knows none of the fields that say otherwise."""
+        """Opens the session on `terms`, whose precision is the one that the device asked for. `self.terms` is what of them holds: a device
+        that cannot resume gets no lease, and one of minor 1 one step in flight, since it knows no field that says otherwise."""
         if not 1 <= terms.window <= WINDOW:
             raise LocalProtocolError(f"a window of {terms.window} steps, expected 1..{WINDOW}")
         if self._minor < 2:

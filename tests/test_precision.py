@@ -92,6 +92,13 @@ def test_the_largest_row_that_int8_holds() -> None:
         decoded(int8_tensor([[1]], [float(np.nextafter(edge, np.float32(np.inf)))]))
 
 
+def test_a_row_whose_scale_would_be_subnormal_is_sent_as_zeros() -> None:
+    below, above = np.float32(126 * TINY), np.float32(128 * TINY)
+    tensor = encoded(np.array([[below, -below], [above, -above]], np.float32))
+    assert np.frombuffer(tensor.scales, "<f4").tolist() == [0.0, float(above / np.float32(127))]
+    assert np.frombuffer(tensor.data, np.int8).tolist() == [0, 0, 127, -127]
+
+
 def test_no_rows() -> None:
     assert decoded(encoded(np.zeros((0, 4), np.float32))).shape == (0, 4)
 

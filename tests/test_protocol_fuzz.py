@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from plora.artifact import ExchangePlan
 from plora.artifact.errors import LocalProtocolError, PloraError, RemoteProtocolError, ServerFull, SessionExpired
-from plora.protocol import MAX_FRAME_BYTES, CloudSession
+from plora.protocol import MAX_FRAME_BYTES, CloudSession, Terms
 from plora.protocol import plora_pb2 as pb
 from plora.protocol.events import (
     CancelAsked,
@@ -39,7 +40,7 @@ from plora.protocol.session import Session
 from plora.protocol.states import SENDERS, Role, State, next_state
 from plora.protocol.tensors import Floats
 
-from .test_protocol import CODES, CONTRACT, ENTRY_PLAN, HIDDEN, PLAN, TERMS, Wire, at, frame_of, leased, sides, trace, values
+from .test_protocol import CODES, CONTRACT, ENTRY_PLAN, HIDDEN, PLAN, TERMS, Wire, at, frame_of, sides, trace, values
 
 RUNNING = (State.READY, State.COMPUTING, State.WAITING)
 """Of a session in which steps may go on."""
@@ -328,16 +329,15 @@ class Sessions(RuleBasedStateMachine):
             door = CloudSession(device.plan, device.shape, CONTRACT)
             greeting = door.receive(device.hello_again())
             assert isinstance(greeting, Greeting)
-            try:
+            if cloud.state is not State.OVER:
                 welcome, *lacking = cloud.welcome_back(greeting)
-            except RemoteProtocolError as error:
-                assert (cloud.state, error.code) == (State.OVER, "EXPIRED")
-                with pytest.raises(SessionExpired):
-                    device.welcomed_back(door.fault(error.code, str(error)))
-            else:
                 self.wire.up.extend(device.welcomed_back(welcome))
                 self.wire.down.extend(lacking)
                 return
+            with pytest.raises(RemoteProtocolError, match="no such session") as caught:
+                cloud.welcome_back(greeting)
+            with pytest.raises(SessionExpired):
+                device.welcomed_back(door.fault(caught.value.code, str(caught.value)))
         if device.state is not State.OVER:
             device.abort("INTERNAL")
         if cloud.state is not State.OVER:
@@ -404,6 +404,10 @@ TestSessions.settings = settings(max_examples=100, stateful_step_count=50, deadl
 # Hostile bytes
 
 
+LEASE = replace(TERMS, lease_millis=60_000)
+TERMS_OR_LEASE = st.sampled_from([TERMS, LEASE])
+
+
 def hear(machine: Session, data: bytes) -> Event | None:
     """What a machine makes of bytes: an event, or a refusal that it can answer, and never another error."""
     try:
@@ -424,10 +428,10 @@ def frames() -> tuple[bytes, ...]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(State), st.booleans(), st.binary(max_size=200))
-@example(State.START, True, b"")
-def test_random_bytes(state: State, cloud: bool, data: bytes) -> None:
-    wire = at(state)
+@given(st.sampled_from(State), TERMS_OR_LEASE, st.booleans(), st.binary(max_size=200))
+@example(State.START, TERMS, True, b"")
+def test_random_bytes(state: State, terms: Terms, cloud: bool, data: bytes) -> None:
+    wire = at(state, terms=terms)
     hear(wire.cloud if cloud else wire.device, data)
 
 
@@ -451,9 +455,9 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 @settings(max_examples=600, deadline=None)
-@given(st.sampled_from(State), st.booleans(), mutated())
-def test_mutated_frames(state: State, cloud: bool, data: bytes) -> None:
-    wire = at(state)
+@given(st.sampled_from(State), TERMS_OR_LEASE, st.booleans(), mutated())
+def test_mutated_frames(state: State, terms: Terms, cloud: bool, data: bytes) -> None:
+    wire = at(state, terms=terms)
     machine = wire.cloud if cloud else wire.device
     before = trace(machine)
     if hear(machine, data) is None and machine.state is not State.OVER:
@@ -461,11 +465,12 @@ def test_mutated_frames(state: State, cloud: bool, data: bytes) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(State), st.sampled_from(sorted(SENDERS)), st.data())
-def test_any_numbers_in_a_frame(state: State, kind: str, data: st.DataObject) -> None:
+@given(st.sampled_from(State), TERMS_OR_LEASE, st.sampled_from(sorted(SENDERS)), st.data())
+def test_any_numbers_in_a_frame(state: State, terms: Terms, kind: str, data: st.DataObject) -> None:
     """Well-formed frames whose every number is arbitrary."""
-    wire = at(state)
+    wire = at(state, terms=terms)
     frame = frame_of(kind, wire)
+    frame.received = data.draw(st.one_of(st.integers(0, 5), st.integers(0, 2**64 - 1)))
     message = getattr(frame, kind)
     for field in message.DESCRIPTOR.fields:
         target = getattr(message, field.name)
@@ -476,7 +481,22 @@ def test_any_numbers_in_a_frame(state: State, kind: str, data: st.DataObject) ->
             setattr(message, field.name, data.draw(st.integers(-(2**31), 2**31 - 1)))
         elif isinstance(target, int) and not isinstance(target, bool):
             setattr(message, field.name, data.draw(st.integers(0, 2 ** (64 if field.type == field.TYPE_UINT64 else 32) - 1)))
-    hear(sides(kind, wire)[1], frame.SerializeToString())
+    machine = sides(kind, wire)[1]
+    before = trace(machine)
+    if hear(machine, frame.SerializeToString()) is None and machine.state is not State.OVER:
+        assert trace(machine) == before
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(State), mutated())
+def test_anything_on_a_new_connection(state: State, data: bytes) -> None:
+    """Whatever comes in place of a welcome leaves the device's session as it was."""
+    machine = at(state, terms=LEASE).device
+    before = trace(machine)
+    for again in (data, bytes(40), b""):
+        with suppress(PloraError):
+            machine.welcomed_back(again)
+    assert trace(machine)[:-2] == before[:-2]  # what is kept may be less: the peer has it
 
 
 LONGEST = 2**32 - 1
