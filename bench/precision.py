@@ -174,6 +174,8 @@ def _fields(one: Distance) -> tuple[NDArray[Any], ...]:
 def socket_bytes(session: PrivateSession, link: Link, ids: list[int]) -> tuple[float, float]:
     """Bytes up and down per token of decoding on the TCP socket, HTTP/2 and gRPC framing included."""
     first = len(ids) - DECODED_TOKENS
+    if first < 1:
+        raise ValueError(f"a text of {len(ids)} tokens, expected more than {DECODED_TOKENS}")
     session.forget()
     session._logits(ids[:first], 1, 0)
     time.sleep(SETTLE_SECONDS)
@@ -233,7 +235,8 @@ def recorded(session: PrivateSession) -> Iterator[dict[str, list[Floats]]]:
 
 def crossed(values: Floats, dtype: str) -> Floats:
     """As they come out at the other end."""
-    return decode(encode(values, dtype, *values.shape, "here"), dtype, *values.shape, "here")
+    rows, columns = values.shape
+    return decode(encode(values, dtype, rows, columns, "here"), dtype, rows, columns, "here")
 
 
 def spread(tensors: list[Floats]) -> dict[str, Any]:
@@ -324,7 +327,7 @@ def measure(folder: Path) -> dict[str, Any]:
             return PrivateSession(edge, link.address, read_precision(wire))
 
         def measured(wire: str, one: PrivateSession) -> None:
-            sizes = bytes_per_token(edge, wire, *socket_bytes(one, link, known["summary"]))
+            sizes = bytes_per_token(edge, wire, *socket_bytes(one, link, known["chat"]))
             found[wire] = {**compare(one, known, reference, CHUNK_TOKENS), **sizes}
             print(line(wire, found[wire]), flush=True)
 
@@ -405,7 +408,7 @@ def plot(plans: dict[str, Any]) -> Path:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "plora"
+    matplotlib.rcParams.update({"svg.hashsalt": "plora", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     columns = min(len(plans), 3)
@@ -443,6 +446,13 @@ def plot(plans: dict[str, Any]) -> Path:
     return path
 
 
+def short(figures: Any) -> Any:
+    """Numbers to 5 digits: the rest is noise, and there are thousands."""
+    if isinstance(figures, dict):
+        return {name: short(value) for name, value in figures.items()}
+    return float(f"{figures:.5g}") if isinstance(figures, float) else figures
+
+
 def _total(figures: dict[str, Any]) -> float:
     return figures["up_bytes_per_token"] + figures["down_bytes_per_token"]
 
@@ -476,9 +486,11 @@ def main() -> None:
         print(f"\n{name}: {folder}\n{HEAD}", flush=True)
         figures["plans"][name] = measure(folder)
         print(json.dumps({key: figures["plans"][name][key] for key in ("tensors", "entry_in_int8", "recommended")}, indent=1), flush=True)
-    figures["recommended_for_all"] = {f"{budget:g}": cheapest_for_all(figures["plans"], budget) for budget in BUDGETS_NATS}
-    print(json.dumps(figures["recommended_for_all"], indent=1))
-    print(write_results("precision", figures, " ".join(["python -m bench.precision", *sys.argv[1:]])), plot(figures["plans"]))
+        figures["recommended_for_all"] = {f"{budget:g}": cheapest_for_all(figures["plans"], budget) for budget in BUDGETS_NATS}
+        print(
+            write_results("precision", short(figures), " ".join(["python -m bench.precision", *sys.argv[1:]])), flush=True
+        )  # each takes minutes
+    print(json.dumps(figures["recommended_for_all"], indent=1), plot(figures["plans"]), sep="\n")
 
 
 if __name__ == "__main__":

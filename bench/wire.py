@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ def socket_bytes(address: str, edge: Path, dtype: str = "fp32") -> dict[str, Any
     """Bytes and gRPC messages per token on the TCP socket, HTTP/2 and gRPC framing included, from the difference of two lengths;
     and the communication reduction with all of that framing counted against us."""
     from plora.device_runtime import open_session
+    from plora.protocol import read_precision
 
     with Link(address, profile("loopback")) as link, open_session(edge, link.address, wire_dtype=dtype) as session:
-        session.text.defaults = dataclasses.replace(session.text.defaults, eos_token_ids=())  # always as many tokens as asked for
+        session.text.defaults = replace(session.text.defaults, eos_token_ids=())  # always as many tokens as asked for
         counted = []
         for count in (8, 40):
             session.forget()
@@ -35,7 +36,7 @@ def socket_bytes(address: str, edge: Path, dtype: str = "fp32") -> dict[str, Any
             )
         short, long = counted
         tokens = long[4] - short[4]
-        cost = payload(session.edge.plan, session.edge.shape, dtype)
+        cost = payload(session.edge.plan, session.edge.shape, asdict(read_precision(dtype)))
     up, down, messages_up, messages_down = ((b - a) / tokens for a, b in zip(short[:4], long[:4], strict=True))
     exchanged = up + down - cost.entry_up - cost.exit_down
     full = cost.full_rank_up + cost.full_rank_down

@@ -79,7 +79,9 @@ class Link:
     async def reopen(self, why: str) -> Terms:
         """Another session in place of one that is lost, and why it is; tries until give_up_seconds."""
         await self._leave()
-        return await self._persist(self._begin, f"{self.address}: {why}")
+        terms = await self._persist(self._begin, f"{self.address}: {why}", time.monotonic())
+        self.reconnections += 1
+        return terms
 
     async def _begin(self, transport: Transport, seconds: float) -> Terms:
         began = time.monotonic()
@@ -175,6 +177,8 @@ class Link:
                 elif self._rescue.done():
                     self._alarms += 1  # it may have been slow, no more: then the next one is given longer
                     transport.fail("no answer, while a new connection has one")
+                elif now - self._suspected_at > self.deadlines.give_up_seconds:
+                    transport.fail("no answer")
             elif now - heard > QUIET_SECONDS:
                 oldest = min(self._pings.values(), default=None)
                 if oldest is None:
@@ -221,7 +225,8 @@ class Link:
             raise error
         if not terms.lease_millis:
             raise SessionExpired(f"{error}; this cloud keeps no session without its connection")
-        lacking = await self._persist(self._go_on, str(error))
+        began = time.monotonic() if self._rescue is None else self._suspected_at
+        lacking = await self._persist(self._go_on, str(error), began)
         self.reconnections += 1
         for frame in lacking:  # only now: it may take long, and is watched over as any other sending
             await self.send(frame)
@@ -241,11 +246,12 @@ class Link:
         self._start()
         return lacking
 
-    async def _persist(self, greet: Callable[[Transport, float], Awaitable[T]], why: str) -> T:
-        """Connects and greets until it works. A cloud that is full or stopping is asked again, too. Raises Unreachable once given up."""
+    async def _persist(self, greet: Callable[[Transport, float], Awaitable[T]], why: str, began: float) -> T:
+        """Connects and greets until it works. A cloud that is full or stopping is asked again, too. Raises Unreachable once given up,
+        give_up_seconds after `began`."""
         self.say(RECONNECTING)
-        began = time.monotonic()
         self._trying = asyncio.current_task()
+        unanswered = 0
         try:
             while True:
                 left = began + self.deadlines.give_up_seconds - time.monotonic()
@@ -256,9 +262,9 @@ class Link:
                     seconds = self.deadlines.give_up_seconds
                     raise Unreachable(f"{why}; tried for {seconds:g} s to go on") from None
                 try:
-                    return await greet(transport, GREETING_SECONDS + self.round_trip.patience_seconds(0, self._alarms))
+                    return await greet(transport, GREETING_SECONDS + self.round_trip.patience_seconds(0, unanswered))
                 except (Unreachable, TimeoutError):
-                    self._alarms += 1
+                    unanswered += 1
                 except (ServerFull, ServerStopping) as refusal:
                     why = str(refusal)
                     await asyncio.sleep(self._pause_seconds(began) + refusal.retry_after_millis / 4000)

@@ -13,6 +13,9 @@ from .transport import Interrupted
 
 T = TypeVar("T")
 
+LAST_WORDS_SECONDS = 0.01
+"""grpc tells the loop of operations that ended with their channel a moment later, and complains on standard error if it is gone."""
+
 
 class Runner:
     """As asyncio.Runner, whose per-run signal handling prints the repr of every result on Python 3.11: 5 ms for a tensor.
@@ -55,5 +58,6 @@ class Runner:
             self.loop.call_soon_threadsafe(self.task.cancel if again else self.on_interrupt)
 
     def close(self) -> None:
+        self.loop.run_until_complete(asyncio.sleep(LAST_WORDS_SECONDS))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()

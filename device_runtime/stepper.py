@@ -24,7 +24,7 @@ from .chunks import Chunk, aligned_chunks, chunks
 from .cores import Floats
 from .edge import Edge
 from .layers import DeviceLayers
-from .link import CONNECTED, REPLAYING, Link
+from .link import CONNECTED, RECONNECTING, REPLAYING, Link
 from .transport import Interrupted
 
 CHUNK_TOKENS = 128
@@ -185,11 +185,14 @@ class Stepper:
 
         Waits for the cloud to confirm it, but for no longer than close_seconds, and not on a broken link: the next feed sees to it then.
         """
-        if self.link.transport is not None:
-            self.link.transport.interrupted = False
-        if self.machine.state not in (State.COMPUTING, State.WAITING):
+        transport = self.link.transport
+        if transport is not None:
+            transport.interrupted = False
+        if transport is None or self.machine.state not in (State.COMPUTING, State.WAITING):
             return
         frame = self.machine.cancel()
+        if self.link.state == RECONNECTING:
+            transport.fail("interrupted, and it did not answer")
         if self.link.lost:
             return  # it lies in the outbox
         try:

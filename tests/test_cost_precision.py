@@ -228,7 +228,7 @@ def test_the_texts_are_long_enough() -> None:
     known = bench.texts(Words())  # type: ignore[arg-type]
     assert set(known) == {*(prompt.name for prompt in PROMPTS), "facts", "passage"}
     assert sum(map(len, known.values())) >= 500
-    assert len(known["summary"]) > bench.DECODED_TOKENS
+    assert len(known["passage"]) > bench.CHUNK_TOKENS > bench.OTHER_CHUNK_TOKENS
 
 
 def test_named_folders(tmp_path) -> None:
@@ -236,3 +236,12 @@ def test_named_folders(tmp_path) -> None:
     assert bench.folders([f"a={tmp_path}"]) == {"a": tmp_path}
     with pytest.raises(UsageError, match="expected NAME=FOLDER"):
         bench.folders(["nowhere"])
+
+
+def test_short_numbers_keep_five_digits() -> None:
+    assert bench.short({"a": {"b": 1.2345678e-9}, "c": [1.23456789], "d": 123456, "e": "x"}) == {
+        "a": {"b": 1.2346e-9},
+        "c": [1.23456789],
+        "d": 123456,
+        "e": "x",
+    }

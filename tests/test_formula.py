@@ -12,7 +12,6 @@ import pytest
 from bench import llama
 from bench.formula import (
     A100,
-    DOCUMENT,
     GPUS,
     H100,
     PHONE,
@@ -32,10 +31,10 @@ from bench.formula import (
     plans,
     predict_rtt,
     rtt_for,
-    with_tables,
 )
 from bench.profiles import Profile
 from bench.prompts import PROMPTS, longest_copy, lookup_share
+from bench.scaling import DOCUMENT, with_tables
 from plora.artifact import DecoderShape, Rope, entry_plan
 from plora.artifact.errors import PlanError, UsageError
 
@@ -215,7 +214,7 @@ def test_a_plan_of_another_depth_is_refused() -> None:
 
 def test_the_document_shows_the_tables_of_now() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert with_tables(text) == text, "run: python -m bench.formula --write"
+    assert with_tables(text) == text, "run: python -m bench.scaling --write"
 
 
 # bench/prompts.py
