@@ -1,7 +1,7 @@
 """`make bench-cuts`: a thousand cuts while generating, of every kind and at any moment, also in the middle of a recovery. Are the tokens
 those of an undisturbed run? And how long after the link's return does the next token come?
 
-    python -m bench.cuts [--cuts 1000] [--trials 25] [--out FOLDER …]
+    python -m bench.cuts [--cuts 1000] [--trials 20] [--out FOLDER …]
 
 FOLDER: an export with `cloud` and `edge`; by default two of a tiny random Llama, made on the spot: one round trip per token with layers on
 the device, and two exchanges. What it computes does not change what a cut does to it, and a tiny one spends its time being cut.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import random
 import re
@@ -50,7 +51,8 @@ PLANS = {
 }
 LAYERS, VOCABULARY, CONTEXT_TOKENS = 4, 400, 1024
 CORE_SIZE = 0.5
-RTTS_MILLIS = (0, 20, 80)
+RTTS_MILLIS = {0: 0.4, 20: 0.4, 80: 0.2}
+"""And each one's share of the cuts: where a round trip is long, a recovery is, too."""
 NEW_TOKENS = 32
 LONGEST_SECONDS = 0.3
 """Of a cut or stall: drawn evenly from 0 on."""
@@ -375,10 +377,11 @@ COUNTS = (
 
 def campaigns(outs: dict[str, Path], cuts: int) -> dict[str, Any]:
     tally = Tally()
-    parts = [(name, rtt) for rtt in RTTS_MILLIS for name in outs]
-    for index, (name, rtt) in enumerate(parts):
-        left = cuts - tally.cuts
-        campaign(outs[name], rtt, index % 2 == 0, -(-left // (len(parts) - index)), index, tally)
+    parts = [(name, rtt, share / len(outs)) for rtt, share in RTTS_MILLIS.items() for name in outs]
+    wanted = 0.0
+    for index, (name, rtt, share) in enumerate(parts):
+        wanted += share * cuts
+        campaign(outs[name], rtt, index % 2 == 0, math.ceil(wanted - tally.cuts), index, tally)
         wrong, answers = tally.figures["cuts_with_wrong_tokens"], tally.figures["generations"]
         errors = f"{len(tally.errors)} errors"
         print(f"{name} at {rtt:g} ms: {tally.cuts} cuts in all, {answers} answers, {wrong} with wrong tokens, {errors}", flush=True)
@@ -405,7 +408,7 @@ def line(found: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cuts", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cuts", type=int, default=1000, metavar="N")
-    parser.add_argument("--trials", type=int, default=25, metavar="N", help="of each kind of cut at each RTT")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each kind of cut at each RTT")
     parser.add_argument("--out", type=Path, action="append", default=[], metavar="FOLDER", help="instead of the tiny ones; may be repeated")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -2,8 +2,8 @@
 
     python -m bench.doctor [FOLDER …]
 
-FOLDER: an export of one base with `cloud` and `edge`, by default each below out/network. Every cloud runs; on every link every plan is
-predicted from its own cloud and from each of the others', and measured.
+FOLDER: an export of one base with `cloud` and `edge`, by default each below out/network. On every link without cuts every plan is
+measured, and predicted at its own cloud and at that of the plan before it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from plora.device_runtime import open_session
 from plora.device_runtime.doctor import EdgeReport, examine
+from plora.protocol import read_precision
 
 from .conditions import ROOT, write_results
 from .decode import prompt
@@ -78,52 +79,43 @@ def errors(got: Figures, truth: Figures) -> Figures:
 
 
 def on_link(one: Profile, clouds: dict[str, str], folders: dict[str, Path], rounds: int, threads: int, wire_dtype: str) -> dict[str, Any]:
-    """By plan: measured, predicted by the doctor at its own cloud and (predicted_from) at each other's; medians of `rounds` turns."""
+    """By plan: measured; predicted at its own cloud; predicted_there: at that of plan `predicted_at`. Medians of `rounds` turns."""
     truth: dict[str, list[Figures]] = {name: [] for name in folders}
-    guesses: dict[tuple[str, str], list[Figures]] = {(name, at): [] for name in folders for at in folders}
+    names = list(folders)
+    following = dict(zip(names, names[1:] + names[:1], strict=True))
+    own: dict[str, list[Figures]] = {name: [] for name in folders}
+    from_before: dict[str, list[Figures]] = {name: [] for name in folders}
     with ExitStack() as stack:
         links = {name: stack.enter_context(link_process(address, one)) for name, address in clouds.items()}
         for turn in range(rounds):
             for at in folders:
-                order = [at, *(name for name in folders if name != at)]
-                report = examine([folders[name] / "edge" for name in order], links[at].address, read(wire_dtype), threads)
-                for name, edge in zip(order, report.edges, strict=True):
-                    guesses[name, at].append(predicted(edge))
+                edges = [folders[name] / "edge" for name in dict.fromkeys((at, following[at]))]
+                report = examine(edges, links[at].address, read_precision(wire_dtype), threads)
+                own[at].append(predicted(report.edges[0]))
+                from_before[following[at]].append(predicted(report.edges[-1]))
                 truth[at].append(measured(folders[at] / "edge", links[at], threads, wire_dtype))
-                print(f"{one.name}, turn {turn + 1}, {at}: {line(guesses[at, at][-1], truth[at][-1])}", file=sys.stderr, flush=True)
+                print(f"{one.name}, turn {turn + 1}, {at}: {line(own[at][-1], truth[at][-1])}", file=sys.stderr, flush=True)
     found: dict[str, Any] = {}
-    for name in folders:
-        own, right = medians(guesses[name, name]), medians(truth[name])
-        others = {at: medians(guesses[name, at]) for at in folders if at != name}
-        found[name] = {
-            "measured": right,
-            "predicted": own,
-            "error": errors(own, right),
-            "predicted_from": others,
-            "error_from": {at: errors(guess, right) for at, guess in others.items()},
-        }
+    for at, name in sorted(following.items(), key=lambda pair: names.index(pair[1])):
+        right, guess, other = medians(truth[name]), medians(own[name]), medians(from_before[name])
+        found[name] = {"measured": right, "predicted": guess, "error": errors(guess, right)}
+        if name != at:
+            found[name] |= {"predicted_at": at, "predicted_there": other, "error_there": errors(other, right)}
     return found
-
-
-def read(wire_dtype: str) -> Any:
-    from plora.protocol import read_precision
-
-    return read_precision(wire_dtype)
 
 
 def line(guess: Figures, truth: Figures) -> str:
     return ", ".join(f"{name} {guess[name]:.3g} / {truth[name]:.3g} ({error:+.0%})" for name, error in errors(guess, truth).items())
 
 
-def largest(figures: dict[str, Any]) -> dict[str, Any]:
-    """The largest errors by figure: at a plan's own cloud, and from another plan's."""
-    own = [plan["error"] for plans in figures.values() for plan in plans.values()]
-    others = [each for plans in figures.values() for plan in plans.values() for each in plan["error_from"].values()]
-    return {
-        kind: {name: max((each[name] for each in all_errors), key=abs) for name in all_errors[0]}
-        for kind, all_errors in (("error", own), ("error_from", others))
-        if all_errors
-    }
+def largest(figures: dict[str, Any]) -> dict[str, Figures]:
+    """The largest errors by figure, of plans predicted at their own cloud (error) and at another's (error_there)."""
+    found: dict[str, Figures] = {}
+    for kind in ("error", "error_there"):
+        all_errors = [plan[kind] for plans in figures.values() for plan in plans.values() if kind in plan]
+        if all_errors:
+            found[kind] = {name: max((each[name] for each in all_errors), key=abs) for name in all_errors[0]}
+    return found
 
 
 def main() -> None:
@@ -152,10 +144,11 @@ def main() -> None:
             figures[one.name] = on_link(one, clouds, folders, arguments.rounds, arguments.threads, arguments.wire_dtype)
             for name, plan in figures[one.name].items():
                 print(f"{one.name}, {name}: {line(plan['predicted'], plan['measured'])}", flush=True)
-                for at, guess in plan["predicted_from"].items():
-                    print(f"  from {at}: {line(guess, plan['measured'])}", flush=True)
+                if "predicted_at" in plan:
+                    print(f"  at {plan['predicted_at']}: {line(plan['predicted_there'], plan['measured'])}", flush=True)
     worst = largest(figures)
-    print("largest errors:", {kind: {name: f"{error:+.0%}" for name, error in each.items()} for kind, each in worst.items()})
+    for kind, each in worst.items():
+        print(f"largest {kind}: {', '.join(f'{name} {error:+.0%}' for name, error in each.items())}")
     if arguments.profiles:
         return
     conditions = {

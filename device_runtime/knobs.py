@@ -104,7 +104,7 @@ def _changes(setup: Setup, more_threads: DeviceFigures | None) -> Iterator[tuple
     if plan.front_layers:
         fewer = plan.front_layers // 2
         device = replace(setup.device, front=setup.device.front.times(fewer / plan.front_layers))
-        what = f"{fewer} front layers instead of {plan.front_layers} (less private; tuned anew)"
+        what = f"{plan.front_layers} front layers made {fewer} (the cloud learns more of the text; tuned anew)"
         yield "fewer front layers", what, replace(setup, plan=with_front(plan, fewer), device=device)
     rtt = setup.link.rtt_seconds / 2
     yield "nearer cloud", f"A cloud at half the RTT, {1e3 * rtt:.3g} ms", replace(setup, link=replace(setup.link, rtt_seconds=rtt))

@@ -217,9 +217,6 @@ class Link:
         machine = self.machine
         assert self.transport is not None
         await self.transport.close()
-        if self.transport.interrupted:  # nobody reads this connection any more
-            self.transport.interrupted = False
-            raise Interrupted
         terms = machine.terms
         if not machine.live or terms is None:
             raise error
@@ -249,6 +246,9 @@ class Link:
     async def _persist(self, greet: Callable[[Transport, float], Awaitable[T]], why: str, began: float) -> T:
         """Connects and greets until it works. A cloud that is full or stopping is asked again, too. Raises Unreachable once given up,
         give_up_seconds after `began`."""
+        if self.transport is not None and self.transport.interrupted:  # nobody reads this connection any more
+            self.transport.interrupted = False
+            raise Interrupted
         self.say(RECONNECTING)
         self._trying = asyncio.current_task()
         unanswered = 0

@@ -45,7 +45,7 @@ FEW, MANY, FULL = 9, 64, CHUNK_TOKENS
 """Rows of a step with drafts, of a prompt's small chunk, and of a full one where that is no burden."""
 LARGEST_STEP_BYTES, LARGEST_STEP_SECONDS = 4e6, 2.0
 """On the link, either way: beyond, the prompt waits for the link and not for the cloud."""
-STEPS = {1: 24, FEW: 8, MANY: 4, FULL: 3}
+STEPS = {1: 24, FEW: 8, MANY: 4, FULL: 4}
 """How often steps of so many rows are timed."""
 CYCLES = {1: 16, FEW: 6, MANY: 4, FULL: 3}
 """How often the device's part of them is."""
