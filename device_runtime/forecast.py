@@ -23,7 +23,7 @@ from ..protocol.tensors import VALUE_BYTES
 from .chunks import Chunk, chunks
 from .speculation import MATCHES, DraftLength, StepCosts, expected_tokens
 
-FRAME_BYTES = 75
+FRAME_BYTES = 65
 """Of a frame beyond its tensors, counted on the socket: its own fields, the headers of gRPC and HTTP/2, and acknowledgements."""
 PLACES: tuple[str, ...] = ("device", "up", "cloud", "down")
 """Where the steps of a prompt queue."""

@@ -15,9 +15,9 @@ from .pace import BEAT_SECONDS, QUIET_SECONDS, RoundTrip, pause_seconds
 from .transport import Deadlines, Interrupted, Transport
 
 T = TypeVar("T")
-MOST_ATTEMPTS = 6
+MOST_ATTEMPTS = 16
 """Connections tried at a time: one that was begun in a dead spot may never answer, so new ones are begun beside it, and the oldest is
-given up."""
+given up. It takes two round trips to come about, and a network that has changed may have ten times the delay of the one before."""
 GREETING_SECONDS = 0.5
 """For a cloud to welcome a session back, beyond what a ping is given: it may be starting a step."""
 CONNECTED, RECONNECTING, REPLAYING = "connected", "reconnecting", "replaying"
@@ -162,7 +162,10 @@ class Link:
     async def _beat(self) -> None:
         """While the cloud owes us a frame: asks whether it is there, and tries for another connection if it does not say so."""
         while True:
-            await asyncio.sleep(BEAT_SECONDS)
+            if self._rescue is None or self._rescue.done():
+                await asyncio.sleep(BEAT_SECONDS)
+            else:
+                await asyncio.wait([self._rescue], timeout=BEAT_SECONDS)
             waiting, transport, machine = self._waiting_since, self.transport, self.machine
             leased = machine.live and machine.terms is not None and machine.terms.lease_millis > 0
             if waiting is None or transport is None or self._trying is not None or not leased:

@@ -42,7 +42,8 @@ class RoundTrip:
 
 
 def pause_seconds(trying_seconds: float, round_trip_seconds: float, generator: random.Random) -> float:
-    """Before the next attempt, having tried for `trying_seconds`: 50 ms and half a round trip at first, more by half of what we have tried
-    beyond EAGER_SECONDS, up to LONGEST_PAUSE_SECONDS; give or take half, so that many devices do not come back at once."""
-    pause = 0.05 + round_trip_seconds / 2 + max(0.0, trying_seconds - EAGER_SECONDS) / 2
+    """Before the next attempt, having tried for `trying_seconds`: 50 ms and a quarter of a round trip at first, a little more as time goes
+    on, since the delay may be longer than we know, much more beyond EAGER_SECONDS, up to LONGEST_PAUSE_SECONDS; give or take half, so
+    that many devices do not come back at once."""
+    pause = 0.05 + round_trip_seconds / 4 + trying_seconds / 50 + max(0.0, trying_seconds - EAGER_SECONDS) / 2
     return min(pause, LONGEST_PAUSE_SECONDS) * generator.uniform(0.5, 1.5)

@@ -584,6 +584,20 @@ def test_a_cut_at_each_message_of_a_recovery(made: Made, house: House, second: H
             assert trip.link.counters().cuts == before + 2, index
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["reset", "silence"])
+def test_a_network_of_thirty_times_the_delay(kind: str, made: Made, house: House, expected: list[int]) -> None:
+    """A connection takes longer to come about than it takes to begin many."""
+    with Trip(made, house, 10, deadlines=replace(PATIENT, give_up_seconds=9.0)) as trip:
+        stream = trip.session.stream(PROMPT, trip.session.sampling(max_tokens=COUNT, temperature=0.0))
+        got = [next(stream).token_id]
+        trip.link.profile = rtt_only(300)
+        for shaper in trip.link.shapers.values():
+            shaper.delay_seconds = 0.15
+        trip.link.cut(kind, 0.1)
+        assert got + [piece.token_id for piece in stream] == expected
+
+
 def test_a_silence_while_a_long_prompt_goes_up(start: Callable[..., House], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than fits into any buffer: whoever waits for room must notice, too, and so again after the first time."""
     monkeypatch.setattr(pace, "SLOWEST_BITS_PER_SECOND", 1e9)
