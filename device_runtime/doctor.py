@@ -11,7 +11,7 @@ from ..artifact.errors import WrongPair
 from ..artifact.manifest import EdgeManifest, read_manifest
 from ..protocol import Precision
 from .edge import Edge
-from .forecast import NOTHING, CloudFigures, Curve, DeviceFigures, Forecast, LinkFigures, Setup, predict, step
+from .forecast import NOTHING, CloudFigures, Curve, DeviceFigures, Forecast, LinkFigures, Setup, predict, reconcile, step
 from .knobs import Knob, bound, knobs
 from .measure import FEW, Say, Steps, Visit, measure_device, measure_link, measure_steps
 from .stepper import CHUNK_TOKENS
@@ -97,9 +97,8 @@ def examine(
         setups[str(folder)] = replace(setup, device=measure_device(edge, threads, pause, sorted(steps.seconds)))
         if more > threads:
             wider[str(folder)] = measure_device(Edge(folder, threads=more), more, pause, sorted(steps.seconds))
-    overhead = steps.seconds[1] - step(setups[str(edges[0])]).seconds
-    cloud = replace(cloud, overhead_seconds=max(0.0, overhead))
-    setups = {name: replace(setup, cloud=cloud) for name, setup in setups.items()}
+    link, cloud = reconcile(setups[str(edges[0])], steps.seconds[1])
+    setups = {name: replace(setup, link=link, cloud=cloud) for name, setup in setups.items()}
     reports = tuple(_report(name, setups, wider.get(name)) for name in setups)
     moved = visit.link.bytes_up, visit.link.bytes_down, visit.link.reconnections
     return Report(address, str(precision), threads, link, cloud, steps, reports, *moved)
@@ -132,8 +131,8 @@ def tables(report: Report) -> str:
     link, cloud = report.link, report.cloud
     times = ", ".join(f"{_millis(seconds)} for {rows}" for rows, seconds in cloud.layer.points)
     lines = [
-        f"link: RTT {_millis(link.median_seconds)} ms (mean {_millis(link.rtt_seconds)}, p95 {_millis(link.p95_seconds)}, "
-        f"jitter {_millis(link.jitter_seconds)}), up {_rate(link.up_bits_per_second, link.up_at_least)}, "
+        f"link: RTT {_millis(link.median_seconds)} ms (p95 {_millis(link.p95_seconds)}, "
+        f"jitter {_millis(link.jitter_seconds)}; {_millis(link.rtt_seconds)} predicts), up {_rate(link.up_bits_per_second, link.up_at_least)}, "
         f"down {_rate(link.down_bits_per_second, link.down_at_least)}",
         f"cloud: ms a layer by tokens of a step {times}; {_millis(cloud.overhead_seconds)} ms a step beside all parts",
         "",

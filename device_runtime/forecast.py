@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
-from math import isfinite
+from math import isfinite, sqrt
 
 from ..artifact.errors import UsageError
 from ..artifact.plan import Exchange, ExchangePlan, Segment
@@ -27,6 +27,7 @@ FRAME_BYTES = 65
 """Of a frame beyond its tensors, counted on the socket: its own fields, the headers of gRPC and HTTP/2, and acknowledgements."""
 PLACES: tuple[str, ...] = ("device", "up", "cloud", "down")
 """Where the steps of a prompt queue."""
+PARTS_ERROR = 0.05
 PROMPTS = (128, 512)
 YIELDS = (2, 3)
 DRAFTED = 4
@@ -61,9 +62,9 @@ NOTHING = Curve(((1, 0.0),))
 
 @dataclass(frozen=True)
 class LinkFigures:
-    """rtt_seconds, median_seconds, p95_seconds: mean (which predicts), median and 95th percentile of `pings` round trips;
-    jitter_seconds: median absolute difference from one to the next; up_, down_bits_per_second: of large frames; …_at_least: the link may
-    be faster, handling a frame takes as long."""
+    """median_seconds, p95_seconds: median and 95th percentile of `pings` round trips; rtt_seconds: what predicts, their mean, once
+    `reconcile` has seen a step; jitter_seconds: median absolute difference from one to the next; up_, down_bits_per_second: of large
+    frames; …_at_least: the link may be faster, handling a frame takes as long."""
 
     rtt_seconds: float
     median_seconds: float
@@ -267,6 +268,25 @@ def step(setup: Setup, rows: int = 1) -> Step:
     device = walked.device_seconds + setup.device.head.seconds(rows)
     up, down = sum(leg.up_bytes for leg in trips), sum(leg.down_bytes for leg in trips)
     return Step(away, walked.up_seconds, walked.down_seconds, cloud, device, setup.cloud.overhead_seconds, up, down)
+
+
+def reconcile(setup: Setup, seconds: float) -> tuple[LinkFigures, CloudFigures]:
+    """What the parts and `seconds`, a step of one row as a whole, say together.
+
+    They differ by what a step takes beyond its parts, and by errors: of the mean RTT, its deviation over the root of the pings, in each
+    round trip; of what was timed on either side, PARTS_ERROR of it. The difference goes to the RTT and to the overhead as such errors
+    add up, in squares.
+    """
+    plain, link = step(setup), setup.link
+    difference = seconds - plain.seconds
+    of_link = setup.plan.round_trips * link.jitter_seconds / sqrt(link.pings)
+    of_parts = PARTS_ERROR * (plain.cloud_seconds + plain.device_seconds)
+    share = of_link**2 / (of_link**2 + of_parts**2) if of_link else 0.0
+    rtt = link.rtt_seconds + share * difference / setup.plan.round_trips
+    return (
+        replace(link, rtt_seconds=max(rtt, link.rtt_seconds / 2)),
+        replace(setup.cloud, overhead_seconds=max(0.0, (1 - share) * difference)),
+    )
 
 
 def first_token(setup: Setup, prompt_tokens: int) -> Flow:

@@ -36,6 +36,7 @@ from plora.device_runtime.forecast import (
     flow,
     legs,
     predict,
+    reconcile,
     speculate,
     step,
 )
@@ -161,6 +162,25 @@ def test_a_precision_by_kind() -> None:
     got = step(setup_of(ENTRY, precision=Precision(entry="fp16", injections="int8")))
     assert got.up_bytes == 2 * 64 + (16 + 4) + FRAME_BYTES
     assert got.down_bytes == 4 * 64 + FRAME_BYTES
+
+
+def test_a_step_as_a_whole_corrects_the_rtt_or_adds_overhead() -> None:
+    """Pings that are all alike leave nothing to correct; where they differ and trips are many, the RTT is what was off."""
+    setup = setup_of(ENTRY, cloud=dataclasses.replace(CLOUD, overhead_seconds=0.0))
+    whole = step(setup).seconds + 0.003
+    steady = dataclasses.replace(LINK, jitter_seconds=0.0)
+    assert reconcile(dataclasses.replace(setup, link=steady), whole)[0] == steady
+    assert reconcile(dataclasses.replace(setup, link=steady), whole)[1].overhead_seconds == pytest.approx(0.003)
+    assert reconcile(dataclasses.replace(setup, link=steady), whole - 0.004)[1].overhead_seconds == 0.0
+    own = 0.05 * (0.006 + 0.0075)
+    uneven = dataclasses.replace(LINK, jitter_seconds=own * math.sqrt(40))  # as uncertain as the parts are
+    link, figures = reconcile(dataclasses.replace(setup, link=uneven), whole)
+    assert (link.rtt_seconds, figures.overhead_seconds) == (pytest.approx(0.0215), pytest.approx(0.0015))
+    many = setup_of(PAPER, link=uneven, cloud=setup.cloud)
+    link, figures = reconcile(many, step(many).seconds - 0.009)
+    assert link.rtt_seconds == pytest.approx(0.019, rel=1e-3) and figures.overhead_seconds == 0.0
+    link, _ = reconcile(many, 0.001)
+    assert link.rtt_seconds == LINK.rtt_seconds / 2
 
 
 # Prompts, by hand
