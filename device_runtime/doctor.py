@@ -131,9 +131,8 @@ def tables(report: Report) -> str:
     link, cloud = report.link, report.cloud
     times = ", ".join(f"{_millis(seconds)} for {rows}" for rows, seconds in cloud.layer.points)
     lines = [
-        f"link: RTT {_millis(link.median_seconds)} ms (p95 {_millis(link.p95_seconds)}, "
-        f"jitter {_millis(link.jitter_seconds)}; {_millis(link.rtt_seconds)} predicts), up {_rate(link.up_bits_per_second, link.up_at_least)}, "
-        f"down {_rate(link.down_bits_per_second, link.down_at_least)}",
+        f"link: RTT {_millis(link.median_seconds)} ms (p95 {_millis(link.p95_seconds)}, jitter {_millis(link.jitter_seconds)}), "
+        f"up {_rate(link.up_bits_per_second, link.up_at_least)}, down {_rate(link.down_bits_per_second, link.down_at_least)}",
         f"cloud: ms a layer by tokens of a step {times}; {_millis(cloud.overhead_seconds)} ms a step beside all parts",
         "",
         *_device_table(report),

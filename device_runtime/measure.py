@@ -46,7 +46,8 @@ FEW, MANY, FULL = 9, 64, CHUNK_TOKENS
 LARGEST_STEP_BYTES, LARGEST_STEP_SECONDS = 4e6, 2.0
 """On the link, either way: beyond, the prompt waits for the link and not for the cloud."""
 STEPS = {1: 24, FEW: 8, MANY: 4, FULL: 4}
-"""How often steps of so many rows are timed."""
+"""How often steps of so many rows are timed; less often, but LEAST_STEPS times, where that takes longer than STEPS_SECONDS."""
+LEAST_STEPS, STEPS_SECONDS = 3, 10.0
 CYCLES = {1: 16, FEW: 6, MANY: 4, FULL: 3}
 """How often the device's part of them is."""
 WARM_UP = 2
@@ -183,10 +184,12 @@ def measure_steps(visit: Visit, blank: Setup, say: Say) -> Steps:
         crossing = step(blank, rows)
         if rows > MANY and (max(crossing.up_bytes, crossing.down_bytes) > LARGEST_STEP_BYTES or crossing.seconds > LARGEST_STEP_SECONDS):
             continue
-        say(f"{count} steps of {rows} token{'s' if rows > 1 else ''}")
+        say(f"steps of {rows} token{'s' if rows > 1 else ''}")
         ids, warm_up = token_ids(rows, blank.shape.vocabulary), WARM_UP if rows < MANY else 1
-        timed = []
+        timed, until = [], time.perf_counter() + STEPS_SECONDS
         for index in range(count + warm_up):
+            if time.perf_counter() > until and index >= LEAST_STEPS + warm_up:
+                break
             position = min(MANY, most) if rows < MANY else rows * max(0, index - warm_up)
             timed.append(visit.step(ids, min(rows, FEW), position if position + rows <= context else 0))
         seconds[rows], cloud_seconds[rows] = (typical(each) for each in zip(*timed[warm_up:], strict=True))
