@@ -24,6 +24,8 @@ def plot(figures: dict[str, Any]) -> Path:
     for plan, modes in figures["plans"].items():
         for mode, by_link in modes.items():
             name = PROMPT_OF[mode]
+            if not all(name in by_link.get(f"{rtt:g}", {}) for rtt in RTT_SWEEP_MILLIS):
+                continue  # measured at some RTTs only
             line = {"color": COLOURS[plan], "linestyle": "-" if mode == "plain" else "--", "marker": "o", "markersize": 3}
             label = plan if mode == "plain" else f"{plan}, drafts, text that repeats"
             points = [by_link[f"{rtt:g}"][name] for rtt in RTT_SWEEP_MILLIS]
