@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .api import Piece, PrivateSession
 
 BUCKET_TOKENS = 8
-"""Of --deterministic: a step of 8 tokens takes little longer than one of 1, and few of its rows are padding where drafts fill them."""
+"""Of --deterministic: more would cost each token more, fewer each prompt. docs/networks.md has what 8 costs."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
