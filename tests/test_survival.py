@@ -26,7 +26,7 @@ import pytest
 
 from bench.link import Link
 from bench.profiles import rtt_only
-from plora.artifact.errors import PloraError, ServerFull, Unreachable
+from plora.artifact.errors import PloraError, ServerFull, Unreachable, UsageError
 from plora.device_runtime import PrivateSession, open_session, pace
 from plora.device_runtime.drafts import Draft, NgramDrafts
 from plora.device_runtime.link import CONNECTED, RECONNECTING, REPLAYING
@@ -286,7 +286,10 @@ class Trip:
 
     def cut_at(self, message: int, kind: str, delivered: bool, seconds: float = 0.0) -> None:
         """When so many more messages have crossed."""
-        self.link.cut_at_message(self.messages + message, kind, seconds, deliver=delivered)
+        try:
+            self.link.cut_at_message(self.messages + message, kind, seconds, deliver=delivered)
+        except UsageError:  # a late pong has crossed in between
+            self.cut_at(message, kind, delivered, seconds)
 
     def count_messages(self, prompt: list[int], count: int) -> int:
         """Of an undisturbed answer, pings aside."""
