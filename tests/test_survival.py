@@ -182,7 +182,8 @@ class House:
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., House]]:
-    process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    single = {**os.environ, "OMP_NUM_THREADS": "1"}  # no threads that a fork would lose
+    process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=single)
     try:
         yield lambda folder, *flags, **settings: House(process, folder, *flags, **settings)
     finally:
@@ -658,6 +659,7 @@ def check_blow(number: signal.Signals, frame: int, trip: Trip, house: House, sta
         if number is signal.SIGKILL:
             restart()
         else:  # it ends when its steps are done, for which it needs the device
+            house.wait("stopping: ")
             trip.lead_to(None)
             threading.Thread(target=restart, daemon=True).start()
 
