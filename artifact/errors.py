@@ -23,6 +23,7 @@
     │   ├── RefusedDtype               it lacks the wire dtype
     │   ├── RefusedFrame               it says that we broke the protocol
     │   ├── ServerFull
+    │   ├── QuotaReached               this user's share of the cloud is used up
     │   ├── ServerStopping
     │   ├── SessionExpired             idle for too long
     │   └── CloudFailed                something broke there
@@ -138,6 +139,10 @@ class RefusedFrame(Refused):
 
 
 class ServerFull(Refused):
+    pass
+
+
+class QuotaReached(Refused):
     pass
 
 

@@ -14,7 +14,6 @@ from .shape import DTYPE_BYTES, check_fits
 from .strict import decode, plain
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 4 << 20
 """A manifest of a 1,000-layer model with all targets is under 1 MiB; more is not a manifest."""
 
@@ -51,6 +50,8 @@ class EdgeManifest:
 
 Manifest = TypeVar("Manifest", CloudManifest, EdgeManifest)
 FORMATS: dict[type, str] = {CloudManifest: "plora-cloud", EdgeManifest: "plora-edge"}
+VERSIONS: dict[type, int] = {CloudManifest: 3, EdgeManifest: 2}
+"""Of each half: a cloud half that is exported again serves the edge bundles that are out already, if the contract is the same."""
 
 
 def read_json(path: Path) -> Any:
@@ -82,8 +83,8 @@ def read_manifest(cls: type[Manifest], folder: Path) -> Manifest:
     if isinstance(value, dict):  # format and version first: they explain every other difference
         if value.get("format") != FORMATS[cls]:
             raise ManifestError(f"{where}.format: got {value.get('format')!r}, expected {FORMATS[cls]!r}")
-        if value.get("version") != FORMAT_VERSION:
-            raise ManifestError(f"{where}.version: got {value.get('version')!r}, this plora reads {FORMAT_VERSION}; export again")
+        if value.get("version") != VERSIONS[cls]:
+            raise ManifestError(f"{where}.version: got {value.get('version')!r}, this plora reads {VERSIONS[cls]}; export again")
     manifest = decode(cls, value, where)
     if manifest.dtype not in DTYPE_BYTES:
         raise ManifestError(f"{where}.dtype: got {manifest.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")

@@ -56,3 +56,29 @@ def walk(plan: ExchangePlan) -> tuple[Stage, ...]:
     if plan.back_layers:
         stages.append(BackLayers(plan.layers - plan.back_layers, plan.layers))
     return tuple(stages)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What the cloud does between two waits for the device: a segment's layers, if there are any yet, then the down-projection of
+    `exchange` with the input norm of the segment that it opens, or with None the exit."""
+
+    segment: Segment | None
+    exchange: Exchange | None
+    opens: Segment | None
+
+
+@lru_cache(maxsize=64)
+def legs(plan: ExchangePlan) -> tuple[Leg, ...]:
+    """The cloud's share of a step of `plan`, in order: one leg per round trip, the entry's first."""
+    found: list[Leg] = []
+    segment: Segment | None = None
+    for stage in walk(plan):
+        if isinstance(stage, Exchange):
+            opens = next(each for each in plan.segments if each.exchange == stage.index)
+            found.append(Leg(segment, stage, opens))
+        elif isinstance(stage, Segment):
+            segment = stage
+        elif isinstance(stage, Exit):
+            found.append(Leg(segment, None, None))
+    return tuple(found)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from plora.artifact import ExchangePlan
 from plora.artifact.errors import AdapterError
+from plora.cloud_server.engine import padded_rows
 from plora.export.cloud_build import build_cloud_graph
 from plora.export.cloud_graph import CloudGraph, RMSNorm
 from plora.models.adapter import Adapter, read_adapter
@@ -37,12 +38,27 @@ class Unsplit(nn.Module):
         self.firsts = [plan.cache_of(segment).start for segment in plan.segments]
         self.stops = [plan.cache_of(segment).stop for segment in plan.segments]
         self.table, self.head, self.norm = table, head, norm
+        self.pairs = padded_rows(1) > 1
 
-    def forward(self, ids: Tensor, length: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """ids [T], length [1] -> logits [V] after the last."""
-        hidden = F.embedding(ids, self.table)[None]
-        slot = torch.zeros_like(length)
-        tables = self.graph.tables(length, torch.full_like(length, ids.shape[0]), slot, hidden)
+    def forward(self, ids: Tensor, length: int, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """ids [T], behind `length` cached tokens -> logits [V] after the last."""
+        padding = 1 if self.pairs and len(ids) == 1 else 0  # as the server does it
+        return self.batch(ids, [length], [len(ids)], padding, [0], keys, values)[0]
+
+    @torch.jit.export
+    def batch(
+        self,
+        ids: Tensor,
+        lengths: list[int],
+        counts: list[int],
+        padding: int,
+        slots: list[int],
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:
+        """ids: of all rows, one behind the other -> logits [rows, V] after each row's last."""
+        hidden = F.pad(F.embedding(ids, self.table), [0, 0, 0, padding])
+        tables = self.graph.tables(slots, lengths, counts, hidden)
         injections: list[Tensor] = []
         for index, segment in enumerate(self.graph.segments):
             first, stop = self.firsts[index], self.stops[index]
@@ -50,14 +66,15 @@ class Unsplit(nn.Module):
             if self.exchanges[index] >= 0:
                 injections.append(F.linear(compressed, self.blocks[self.exchanges[index]]))
             inputs = [injections[exchange] for exchange in self.inputs[index]]
-            hidden = segment(hidden, segment.ahead(u), inputs, tables, slot, length, keys[first:stop], values[first:stop])
-        return F.linear(self.norm(hidden[:, -1]), self.head)[0]
+            hidden = segment(hidden, segment.ahead(u), inputs, tables, slots, lengths, counts, keys[first:stop], values[first:stop])
+        last = torch.tensor(counts).cumsum(0) - 1
+        return F.linear(self.norm(hidden[last]), self.head)
 
 
 class UnsplitModel:
     """Greedy decoding with `base` and `adapter`. merged: whether the adapter is in the weights."""
 
-    def __init__(self, base_path: str, adapter_path: Path, context_tokens: int = 1024) -> None:
+    def __init__(self, base_path: str, adapter_path: Path, context_tokens: int = 1024, sessions: int = 1) -> None:
         base = read_base(base_path)
         adapter, self.merged = self._adapter(base, read_adapter(adapter_path))
         plan, shape, model = adapter.config.plan, base.shape, base.model
@@ -68,7 +85,7 @@ class UnsplitModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
             self.module = torch.jit.script(Unsplit(graph, plan, blocks, table, head, norm).eval().requires_grad_(False))
-        size = (1, shape.kv_heads, context_tokens, shape.head_dim)
+        size = (sessions, shape.kv_heads, context_tokens, shape.head_dim)
         self.keys = [torch.zeros(size) for _ in range(shape.layers)]
         self.values = [torch.zeros(size) for _ in range(shape.layers)]
 
@@ -88,13 +105,13 @@ class UnsplitModel:
     def generate(self, prompt: list[int], count: int) -> tuple[list[int], float, list[float], list[float]]:
         """(tokens, seconds to the first, seconds of each later one, for each the gap between the two best logits)."""
         began = time.perf_counter()
-        logits = self.module(torch.tensor(prompt), torch.tensor([0]), self.keys, self.values)
+        logits = self.module(torch.tensor(prompt), 0, self.keys, self.values)
         tokens, length, seconds = [int(logits.argmax())], len(prompt), []
         first = time.perf_counter() - began
         gaps = [_gap(logits)]
         for _ in range(count - 1):
             began = time.perf_counter()
-            logits = self.module(torch.tensor(tokens[-1:]), torch.tensor([length]), self.keys, self.values)
+            logits = self.module(torch.tensor(tokens[-1:]), length, self.keys, self.values)
             tokens.append(int(logits.argmax()))
             length += 1
             seconds.append(time.perf_counter() - began)

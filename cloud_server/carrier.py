@@ -21,12 +21,19 @@ class Gone(Exception):
     """The peer is no longer there."""
 
 
+def user_of(context: Any) -> str:
+    """Whom a connection's quota counts for: the host that it comes from, for as long as devices have no names of their own."""
+    peer: str = context.peer() if hasattr(context, "peer") else ""
+    return peer.rpartition(":")[0]
+
+
 class Carrier:
-    """inbox: frames that arrived and wait; next_frame: number of the session's next frame to write; due: until when the peer may take
-    to greet, or to take what is being written."""
+    """user: see user_of; inbox: frames that arrived and wait; next_frame: number of the session's next frame to write; due: until when
+    the peer may take to greet, or to take what is being written."""
 
     def __init__(self, context: Any) -> None:
         self.context = context
+        self.user = user_of(context)
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         self.inbox: deque[bytes] = deque()
         self.next_frame = 1

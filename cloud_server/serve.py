@@ -29,15 +29,21 @@ MAX_IDLE_SECONDS = (2**32 - 1) // 1000
 """The handshake tells it in milliseconds, in 32 bits: seven weeks."""
 
 
+MAX_SESSIONS = 65_536
+"""Ports that one host has, and far more than one engine serves."""
+
+
 @dataclass(frozen=True)
 class ServerConfig:
-    """kv_bytes: budget of the KV pool; context_tokens: of one session, None for the default; threads: of each product,
+    """kv_bytes: budget of the KV pool; context_tokens: of one session, None for the default; sessions: at a time, None for as many as the
+    budget has room for; threads: of each product,
     0 for torch's own choice; grace_seconds: for running steps when told to stop."""
 
     folder: Path
     listen: str = "127.0.0.1:7070"
     kv_bytes: int = 2 << 30
     context_tokens: int | None = None
+    sessions: int | None = None
     threads: int = 0
     grace_seconds: float = 10.0
     limits: Limits = field(default_factory=Limits)
@@ -48,6 +54,14 @@ class ServerConfig:
             raise UsageError(f"--listen {self.listen}: expected HOST:PORT, port 0 to 65535 (0 picks a free one)")
         if self.kv_bytes <= 0:
             raise UsageError(f"--kv-bytes {self.kv_bytes}: expected more than 0")
+        if self.sessions is not None and not 1 <= self.sessions <= MAX_SESSIONS:
+            raise UsageError(f"--sessions {self.sessions}: expected 1 to {MAX_SESSIONS:,}")
+        if self.limits.quiet_seconds < 0 or not math.isfinite(self.limits.quiet_seconds):
+            raise UsageError(f"--quiet-seconds {self.limits.quiet_seconds}: expected 0 or more, and finite")
+        if self.limits.quota.sessions < 0 or self.limits.quota.kv_bytes < 0:
+            raise UsageError(
+                f"--user-sessions {self.limits.quota.sessions}, --user-kv-bytes {self.limits.quota.kv_bytes}: expected 0 (no limit) or more"
+            )
         if not 0 < self.limits.idle_seconds <= MAX_IDLE_SECONDS:
             raise UsageError(f"--idle-seconds {self.limits.idle_seconds}: expected above 0 and at most {MAX_IDLE_SECONDS:,}")
         if not 0 <= self.limits.lease_seconds <= MAX_IDLE_SECONDS:
@@ -60,7 +74,7 @@ async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> N
     """Serves until SIGTERM or SIGINT; calls `ready(address, engine)` once it listens."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    engine = Engine(config.folder, config.kv_bytes, config.context_tokens)
+    engine = Engine(config.folder, config.kv_bytes, config.context_tokens, config.sessions)
     engine.warm_up()
     gc.freeze()  # the collector need not look through torch and the graph again and again
     service = Service(engine, config.limits)

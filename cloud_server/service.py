@@ -6,30 +6,24 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..artifact.errors import RemoteProtocolError
-from ..artifact.plan import Segment
-from ..artifact.walk import walk
 from ..protocol.events import Greeting, Terms
 from ..protocol.limits import SESSION_BYTES, WINDOW
 from ..protocol.roles import CloudSession
 from ..protocol.session import is_ping
 from ..protocol.states import State
 from .carrier import Carrier, Gone
-from .engine import Engine, Row
+from .engine import Engine
+from .room import Quota, Refusal, Room
+from .scheduler import Scheduler
 from .session import STOPPING, Session
 
 log = logging.getLogger("plora.cloud")
 
-INLINE_WEIGHT_BYTES = 64 << 20
-"""Work of up to so many tokens times bytes of weights runs on the event loop itself, about 5 ms here: handing it to a thread and
-back costs 0.1 ms, a tenth of what one decode token takes in one layer of SmolLM2. Anything longer would keep others waiting."""
-
-RETRY_AFTER_MILLIS = 1_000
 WATCH_SECONDS = 0.25
 """How often deadlines are looked at. One watch for all connections: a timer per frame would be felt in every exchange."""
 
@@ -37,13 +31,16 @@ WATCH_SECONDS = 0.25
 @dataclass(frozen=True)
 class Limits:
     """hello_seconds: for a device to greet; idle_seconds: for any later frame; write_seconds: for a peer to take one; lease_seconds:
-    how long a session outlives its connection, 0 for not at all; connections: open streams at the most, greeted or not."""
+    how long a session outlives its connection, 0 for not at all; quiet_seconds: after which a session that has nothing to do may be sent
+    away for others, if there is no room; connections: open streams at the most, greeted or not; quota: of each user."""
 
     hello_seconds: float = 10.0
     idle_seconds: float = 300.0
     write_seconds: float = 30.0
     lease_seconds: float = 60.0
-    connections: int = 1024
+    quiet_seconds: float = 30.0
+    connections: int = 2048
+    quota: Quota = field(default_factory=Quota)
 
 
 class Service:
@@ -52,11 +49,12 @@ class Service:
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.engine = engine
         self.limits = limits
-        self.stages = walk(engine.plan)
         self.stopping = False
         self.carriers: set[Carrier] = set()
         self.sessions: dict[bytes, Session] = {}
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plora-engine")
+        self.scheduler = Scheduler(engine, self.worker)
+        self.room = Room(engine.pool, limits.quota, limits.lease_seconds, limits.quiet_seconds, self.worker)
 
     async def exchange(self, _: Any, context: Any) -> None:
         """The gRPC method's handler: one call of it per stream. It reads; what the session has to say it writes itself."""
@@ -101,7 +99,7 @@ class Service:
             return await (self._take_up if greeting.session else self._open)(carrier, door, greeting)
         except RemoteProtocolError as error:
             log.info("connection refused: %s", error.code)
-            return await self._refuse(carrier, door, error.code, str(error))
+            return await self._refuse(carrier, door, error.code, str(error), error.retry_after_millis if isinstance(error, Refusal) else 0)
         except asyncio.CancelledError:
             if carrier.due is None or time.monotonic() < carrier.due:
                 if self.stopping:
@@ -111,15 +109,10 @@ class Service:
 
     async def _open(self, carrier: Carrier, door: CloudSession, greeting: Greeting) -> Session | None:
         """Admission: a KV slot, before any work."""
-        pool = self.engine.pool
-        slot = pool.take()
-        if slot is None:
-            used = pool.slots * pool.slot_bytes
-            detail = f"all {pool.slots} sessions ({used:,} bytes of KV cache) are taken; try again"
-            return await self._refuse(carrier, door, "FULL", detail, RETRY_AFTER_MILLIS)
+        slot = await self.room.admit(carrier.user)
         terms = Terms(
             greeting.precision,
-            pool.context_tokens,
+            self.engine.pool.context_tokens,
             self.engine.step_tokens,
             int(self.limits.idle_seconds * 1000),
             os.urandom(SESSION_BYTES),
@@ -127,7 +120,8 @@ class Service:
             WINDOW if greeting.resume else 1,
         )
         welcome = door.welcome(terms)
-        session = self.sessions[terms.session] = Session(self, door, slot, carrier)
+        session = self.sessions[terms.session] = Session(self, door, slot, carrier, greeting.alone)
+        self.room.enter(session)
         try:
             await carrier.write(welcome, self.limits.write_seconds)
         except BaseException:
@@ -153,10 +147,11 @@ class Service:
     # The house
 
     def release(self, session: Session) -> None:
-        """Gives the slot back, zeroed by the engine's thread: a long session's slot can take a while."""
+        """It is over: nobody waits for its device any more, and others may have its room."""
         terms = session.machine.terms
         if terms is not None and self.sessions.pop(terms.session, None) is not None:
-            self.worker.submit(self.engine.pool.give_back, session.slot)
+            self.scheduler.forget(session.pace)
+            self.room.leave(session)
 
     async def watch(self) -> None:
         """Ends what is past its time; runs as long as the server."""
@@ -172,18 +167,6 @@ class Service:
                 elif not session.computing and now - session.heard_at > self.limits.idle_seconds:
                     what = f"no frame for {self.limits.idle_seconds:g} s, the most that is allowed here; begin a new session"
                     session.end("EXPIRED", what)
-
-    async def compute(self, work: Callable[..., Any], segment: Segment, rows: list[Row]) -> Any:
-        """`work(segment index, rows)`, on the event loop if it is short, else on the engine's thread."""
-        tokens = sum(row.count for row in rows)
-        if tokens * (segment.stop - segment.first) * self.engine.layer_bytes <= INLINE_WEIGHT_BYTES:
-            return work(segment.index, rows)
-        future = asyncio.get_running_loop().run_in_executor(self.worker, work, segment.index, rows)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])  # the slot must not be given back while the engine writes into it
-            raise
 
     async def stop(self, grace_seconds: float) -> None:
         """No new sessions; idle ones end now, running steps may finish within the grace."""

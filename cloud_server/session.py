@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..artifact.errors import NotFinite, PloraError, RemoteProtocolError
-from ..artifact.plan import Exchange, Segment
-from ..artifact.walk import Exit
 from ..protocol.events import Aborted, CancelAsked, CloseAsked, Event, Greeting, InjectionsArrived, PingArrived, StepBegun, Truncated
 from ..protocol.roles import CloudSession
 from ..protocol.states import State
 from .carrier import Carrier, Gone
 from .engine import Row
+from .room import Refusal
+from .scheduler import Pace
 
 if TYPE_CHECKING:
     from .service import Service
@@ -26,25 +24,18 @@ log = logging.getLogger("plora.cloud")
 STOPPING = "the server is shutting down; connect to another one, or again later"
 
 
-@dataclass
-class Running:
-    """A step in flight. stage: the next one of the walk; seconds: computed so far."""
-
-    row: Row
-    exit_rows: int
-    stage: int = 0
-    seconds: float = 0.0
-
-
 class Session:
     """Runs as a task of its own: a connection that breaks must not stop a step half-way. Whoever has the session id may go on with it
     over another connection, for as long as its lease runs (`lost_at` says since when it has none)."""
 
-    def __init__(self, service: Service, machine: CloudSession, slot: int, carrier: Carrier) -> None:
+    def __init__(self, service: Service, machine: CloudSession, slot: int, carrier: Carrier, alone: bool = False) -> None:
         self.service = service
         self.machine = machine
         self.slot = slot
-        self.steps: dict[int, Running] = {}
+        self.user = carrier.user
+        self.alone = alone
+        self.pace = Pace()
+        self.steps: dict[int, Row] = {}
         self.carrier: Carrier | None = carrier
         self.lost_at: float | None = None
         self.heard_at = time.monotonic()
@@ -58,6 +49,11 @@ class Session:
     @property
     def leased(self) -> bool:
         return self.machine.terms is not None and self.machine.terms.lease_millis > 0
+
+    @property
+    def quiet_at(self) -> float | None:
+        """Since when it waits for its device between steps; None while it works."""
+        return self.heard_at if self.machine.state is State.READY and not self.computing else None
 
     # Connections
 
@@ -155,7 +151,7 @@ class Session:
                 await self._handle(self.machine.receive(await self._receive()))
         except RemoteProtocolError as error:
             log.info("session refused: %s", error.code)
-            await self._fault(error.code, str(error))
+            await self._fault(error.code, str(error), error.retry_after_millis if isinstance(error, Refusal) else 0)
         except Gone:
             pass
         except asyncio.CancelledError:
@@ -187,11 +183,11 @@ class Session:
         if self.machine.state is State.READY and not self.computing:
             self.end("STOPPING", STOPPING)
 
-    async def _fault(self, code: str, detail: str) -> None:
+    async def _fault(self, code: str, detail: str, retry_after_millis: int = 0) -> None:
         """Says why the session is over, if anyone is still there to hear it, and for a moment only."""
         if self.machine.state is State.OVER:
             return
-        frame = self.machine.fault(code, detail)
+        frame = self.machine.fault(code, detail, retry_after_millis)
         try:
             async with asyncio.timeout(1.0):
                 await self._say(frame)
@@ -204,14 +200,14 @@ class Session:
         engine = self.service.engine
         match event:
             case StepBegun():
-                row = engine.begin(self.slot, event.position, event.hidden, event.injection)
-                self.steps[event.step] = Running(row, event.exit_rows)
+                await self.service.room.grow(self, event.position + len(event.hidden))
+                self.steps[event.step] = engine.begin(self.slot, event.position, event.hidden, event.injection, event.exit_rows)
                 await self._advance(event.step)
             case InjectionsArrived():
-                engine.inject(self.steps[event.step].row, event.exchange.index, event.values)
+                engine.inject(self.steps[event.step], event.exchange.index, event.values)
                 await self._advance(event.step)
             case CancelAsked():
-                self.steps = {number: step for number, step in self.steps.items() if number < event.step}
+                self.steps = {number: row for number, row in self.steps.items() if number < event.step}
                 await self._write(self.machine.cancelled())
             case CloseAsked():
                 await self._write(self.machine.closed())
@@ -224,30 +220,18 @@ class Session:
 
     async def _advance(self, number: int) -> None:
         """Walks a step on to where it needs the device again."""
-        engine, stages, step = self.service.engine, self.service.stages, self.steps[number]
-        while True:
-            stage = stages[step.stage]
-            step.stage += 1
-            if isinstance(stage, Exchange):
-                segment = stages[step.stage]
-                assert isinstance(segment, Segment)  # an exchange starts a segment
-                (compressed,) = await self._compute(engine.open, segment, step)
-                await self._write(self.machine.compressed(compressed, number))
-                await self._compute(engine.ahead, segment, step)
-                return
-            if isinstance(stage, Segment):
-                await self._compute(engine.run if stage.exchange is not None else engine.through, stage, step)
-            elif isinstance(stage, Exit):
-                del self.steps[number]
-                await self._write(self.machine.exit(engine.exit(step.row, step.exit_rows), int(step.seconds * 1e6)))
-                return
-
-    async def _compute(self, work: Callable[..., Any], segment: Segment, step: Running) -> Any:
-        began = time.perf_counter()
+        row = self.steps[number]
+        leg = self.service.engine.legs[row.leg]
         self.computing = True
         try:
-            return await self.service.compute(work, segment, [step.row])
+            await self.service.scheduler.go(row, self.pace, self.alone)
         finally:
             self.computing = False
             self.heard_at = time.monotonic()  # the device could not know more
-            step.seconds += time.perf_counter() - began
+        assert row.result is not None  # it went the whole leg
+        if leg.exchange is not None:
+            await self._write(self.machine.compressed(row.result, number))
+            self.service.scheduler.meanwhile(row)
+        else:
+            del self.steps[number]
+            await self._write(self.machine.exit(row.result, int(row.seconds * 1e6)))

@@ -100,7 +100,7 @@ class PrivateSession:
         self._length = DraftLength()
 
         def machine() -> DeviceSession:
-            return DeviceSession(edge.plan, edge.shape, edge.contract.hash, precision)
+            return DeviceSession(edge.plan, edge.shape, edge.contract.hash, precision, alone=bucket is not None)
 
         self._link = Link(cloud, deadlines or Deadlines(), machine, on_state)
         self._stepper = Stepper(edge, self._link, bucket)

@@ -77,7 +77,7 @@ def build_segment(model: Any, segment: Segment, shape: DecoderShape, adapter: Ad
         projections = {matrix: fuse(*(target_projection(layer, target) for target in targets)) for matrix, targets in MATRICES.items()}
         ups = up_projections(plan, segment, index, adapter, shape, dtype, starts)
         mask = FIRST_MASK + windows.index(shape.windows[index])
-        layers.append(Layer(norms, projections, ups, index - segment.first, mask, shape))
+        layers.append(Layer(norms, projections, ups, index - segment.first, mask, len(windows), shape))
         model.model.layers[index] = nn.Identity()
         give_back()
     downs = []

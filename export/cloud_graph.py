@@ -1,6 +1,10 @@
 """The cloud half as modules that TorchScript can compile: segments of decoder layers, the KV cache an argument.
 
-Shapes: B sessions, T new tokens (the longest row's), H hidden, L cached + new tokens. Dtype: that of the weights.
+A batch is packed: the new tokens of all its rows one behind the other, N in all, so that a prompt's chunk and another session's one token
+share every product, and nothing is padded. Attention alone is each row's own, over its own cache, as if it were alone.
+
+Shapes: H hidden, N new tokens of all rows, T of one row, L its cached and new tokens. Dtype: that of the weights. Behind the new tokens
+there may be padding, which is computed and means nothing: some numbers of rows have better kernels than others.
 
     segment.open(hidden)  -> u, compressed      what the exchange sends, as early as it is known
     segment.ahead(u)      -> qkv                what can be computed while it is in flight
@@ -21,8 +25,8 @@ from torch import Tensor, nn
 
 from ..artifact.shape import DecoderShape
 
-FIRST_MASK = 5
-"""Where the masks start in the list that CloudGraph.tables returns (TorchScript sees no named constants of a module)."""
+FIRST_MASK = 4
+"""Where the masks start in the list that CloudGraph.tables returns, row by row (TorchScript sees no named constants of a module)."""
 
 
 class UpProjection(nn.Module):
@@ -71,27 +75,30 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """x Wᵀ + b, of one matrix or of several side by side, W [out, in].
+    """x Wᵀ + b, of one matrix or of several side by side, W [out, in]; x [N, in].
 
-    A wide matrix in fp32 is kept turned, [in, out]: MKL reads it a third faster for one token, and no slower for many. In 16 bits it
-    is not: there the turned product takes ten times as long (docs/benchmarks.md).
+    More than one row in fp32 are computed as (W xᵀ)ᵀ, for which MKL has the better kernels: with two threads, 2 or 4 rows take the time of
+    one, 16 that of two, where F.linear takes three (docs/load.md). In 16 bits there is nothing to gain.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.turned = weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]
-        self.weight = weight.t().contiguous() if self.turned else weight
+        self.weight = weight
         self.bias = bias
+        self.wide = weight.dtype == torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.t() if self.turned else self.weight, self.bias)
+        if x.shape[0] == 1 or not self.wide:
+            return F.linear(x, self.weight, self.bias)
+        y = torch.mm(self.weight, x.t()).t().contiguous()
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class Layer(nn.Module):
     """One decoder layer; q/k/v and gate/up are one matrix each. Its injections come from any exchange so far.
 
-    projections, ups: by matrix ("qkv", "o", "gate_up", "down"); place: of the layer in its
-    segment; mask: of its window's mask among the tables.
+    projections, ups: by matrix ("qkv", "o", "gate_up", "down"); place: of the layer in its segment; mask: of the first row's mask for its
+    window among the tables; windows: masks of a row.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class Layer(nn.Module):
         ups: Dict[str, List[UpProjection]],
         place: int,
         mask: int,
+        windows: int,
         shape: DecoderShape,
     ) -> None:
         super().__init__()
@@ -111,6 +119,7 @@ class Layer(nn.Module):
         self.kv_width = shape.kv_width
         self.place = place
         self.mask = mask
+        self.windows = windows
         self.input_norm = RMSNorm(norms[0], shape.epsilon)
         self.mlp_norm = RMSNorm(norms[1], shape.epsilon)
         self.qkv = projections["qkv"]
@@ -123,7 +132,7 @@ class Layer(nn.Module):
         self.down_ups = nn.ModuleList(ups["down"])
 
     def project(self, u: Tensor) -> Tensor:
-        """u [B, T, H] -> q, k and v side by side, before any injection."""
+        """u [N, H] -> q, k and v side by side, before any injection."""
         return self.qkv(u)
 
     def forward(
@@ -132,14 +141,15 @@ class Layer(nn.Module):
         qkv: Tensor,
         injections: List[Tensor],
         tables: List[Tensor],
-        slots: Tensor,
-        lengths: Tensor,
+        slots: List[int],
+        lengths: List[int],
+        counts: List[int],
         keys: List[Tensor],
         values: List[Tensor],
     ) -> Tensor:
         for up in self.qkv_ups:
             qkv = up(qkv, injections)
-        attended = self.attend(qkv, tables, slots, lengths, keys[self.place], values[self.place])
+        attended = self.attend(qkv, tables, slots, lengths, counts, keys[self.place], values[self.place])
         y = self.o(attended)
         for up in self.o_ups:
             y = up(y, injections)
@@ -153,34 +163,51 @@ class Layer(nn.Module):
             y = up(y, injections)
         return hidden + y
 
-    def attend(self, qkv: Tensor, tables: List[Tensor], slots: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        self,
+        qkv: Tensor,
+        tables: List[Tensor],
+        slots: List[int],
+        lengths: List[int],
+        counts: List[int],
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
         """Rope, cache write, attention. keys, values: one layer's pool [slots, kv_heads, capacity, head_dim]."""
-        B, T = qkv.shape[0], qkv.shape[1]
         groups = self.heads // self.kv_heads
         qk, v = qkv.split([self.query_width + self.kv_width, self.kv_width], -1)
-        qk = qk.view(B, T, self.heads + self.kv_heads, self.head_dim)
-        cos, sin, rows, row_slots, row_positions = tables[0], tables[1], tables[2], tables[3], tables[4]
+        qk = qk.view(-1, self.heads + self.kv_heads, self.head_dim)
+        cos, sin = tables[0], tables[1]
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-        q, k = qk.split([self.heads, self.kv_heads], 2)
-        v = v.view(B, T, self.kv_heads, self.head_dim)
-        if B == 1:
-            slot, length = int(slots), int(lengths)
-            own_keys, own_values = keys.narrow(0, slot, 1), values.narrow(0, slot, 1)
-            own_keys.narrow(2, length, T).copy_(k.transpose(1, 2))
-            own_values.narrow(2, length, T).copy_(v.transpose(1, 2))
-            seen = length + T
+        q, k = qk.split([self.heads, self.kv_heads], 1)
+        N = tables[2].shape[0]  # without padding
+        k, v = k.narrow(0, 0, N), v.view(-1, self.kv_heads, self.head_dim).narrow(0, 0, N)
+        if len(slots) == 1:
+            keys.select(0, slots[0]).narrow(1, lengths[0], counts[0]).copy_(k.transpose(0, 1))
+            values.select(0, slots[0]).narrow(1, lengths[0], counts[0]).copy_(v.transpose(0, 1))
         else:
-            keys.transpose(1, 2)[row_slots, row_positions] = k.flatten(0, 1)[rows]
-            values.transpose(1, 2)[row_slots, row_positions] = v.flatten(0, 1)[rows]
-            own_keys, own_values = keys[slots], values[slots]
-            seen = tables[self.mask].shape[-1]
-        # The queries that share a key head stand side by side as [B, kv_heads, groups · T, head_dim]: no key is copied.
-        q = q.view(B, T, self.kv_heads, groups, self.head_dim).permute(0, 2, 3, 1, 4).reshape(B, self.kv_heads, groups * T, self.head_dim)
-        mask = tables[self.mask]
-        y = F.scaled_dot_product_attention(
-            q, own_keys.narrow(2, 0, seen), own_values.narrow(2, 0, seen), attn_mask=mask if mask.numel() > 0 else None
-        )
-        return y.view(B, self.kv_heads, groups, T, self.head_dim).permute(0, 3, 1, 2, 4).reshape(B, T, self.query_width)
+            keys.transpose(1, 2)[tables[2], tables[3]] = k
+            values.transpose(1, 2)[tables[2], tables[3]] = v
+        attended: List[Tensor] = []
+        start = 0
+        for row in range(len(slots)):
+            T = counts[row]
+            # The queries that share a key head stand side by side as [1, kv_heads, groups · T, head_dim]: no key is copied.
+            own = q.narrow(0, start, T).view(T, self.kv_heads, groups, self.head_dim)
+            own = own.permute(1, 2, 0, 3).reshape(1, self.kv_heads, groups * T, self.head_dim)
+            mask = tables[self.mask + row * self.windows]
+            y = F.scaled_dot_product_attention(
+                own,
+                keys.narrow(0, slots[row], 1).narrow(2, 0, lengths[row] + T),
+                values.narrow(0, slots[row], 1).narrow(2, 0, lengths[row] + T),
+                attn_mask=mask if mask.numel() > 0 else None,
+            )
+            y = y.view(self.kv_heads, groups, T, self.head_dim)
+            attended.append(y.permute(2, 0, 1, 3).reshape(T, self.query_width))
+            start += T
+        if start < q.shape[0]:
+            attended.append(q.new_zeros([q.shape[0] - start, self.query_width]))
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 class SegmentGraph(nn.Module):
@@ -196,13 +223,13 @@ class SegmentGraph(nn.Module):
 
     @torch.jit.export
     def open(self, hidden: Tensor) -> Tuple[Tensor, Tensor]:
-        """hidden [B, T, H] -> (u [B, T, H], compressed [B, T, C])."""
+        """hidden [N, H] -> (u [N, H], compressed [N, C])."""
         u = self.norm(hidden)
         return u, F.linear(u, self.down)
 
     @torch.jit.export
     def ahead(self, u: Tensor) -> Tensor:
-        """u [B, T, H] -> the first layer's q, k, v before injections."""
+        """u [N, H] -> the first layer's q, k, v before injections."""
         return self.first.project(u)
 
     def forward(
@@ -211,15 +238,14 @@ class SegmentGraph(nn.Module):
         qkv: Tensor,
         injections: List[Tensor],
         tables: List[Tensor],
-        slots: Tensor,
-        lengths: Tensor,
+        slots: List[int],
+        lengths: List[int],
+        counts: List[int],
         keys: List[Tensor],
         values: List[Tensor],
     ) -> Tensor:
-        """injections: of the segment's inputs, each [B, T, I]. keys, values: the pools of the segment's layers, into which the new
-        tokens are written.
-
-        slots, lengths: int64 [B], the rows' pool slots and tokens cached so far. Returns hidden [B, T, H].
+        """injections: of the segment's inputs, each [N, I]. slots, lengths, counts: of each row the pool slot, tokens cached so far, new
+        tokens. keys, values: the pools of the segment's layers, into which the new tokens are written. Returns hidden [N, H].
         """
         expanded: List[Tensor] = []
         for index, expansion in enumerate(self.expansions):
@@ -229,7 +255,7 @@ class SegmentGraph(nn.Module):
             if not first:
                 qkv = layer.project(layer.input_norm(hidden))  # pyright: ignore[reportCallIssue]  a ModuleList of Layer
             first = False
-            hidden = layer(hidden, qkv, expanded, tables, slots, lengths, keys, values)
+            hidden = layer(hidden, qkv, expanded, tables, slots, lengths, counts, keys, values)
         return hidden
 
     @torch.jit.export
@@ -238,13 +264,14 @@ class SegmentGraph(nn.Module):
         hidden: Tensor,
         injections: List[Tensor],
         tables: List[Tensor],
-        slots: Tensor,
-        lengths: Tensor,
+        slots: List[int],
+        lengths: List[int],
+        counts: List[int],
         keys: List[Tensor],
         values: List[Tensor],
     ) -> Tensor:
         """The whole segment, where nothing is sent at its start. Arguments as for `forward`."""
-        return self.forward(hidden, self.first.project(self.norm(hidden)), injections, tables, slots, lengths, keys, values)
+        return self.forward(hidden, self.first.project(self.norm(hidden)), injections, tables, slots, lengths, counts, keys, values)
 
 
 class CloudGraph(nn.Module):
@@ -259,46 +286,47 @@ class CloudGraph(nn.Module):
         self.register_buffer("inv_freq", torch.tensor(shape.rope.inv_freq))
 
     @torch.jit.export
-    def tables(self, lengths: Tensor, counts: Tensor, slots: Tensor, like: Tensor) -> List[Tensor]:
-        """lengths, counts, slots: int64 [B]: tokens cached, new tokens, pool slot of each row. like: dtype and device.
+    def tables(self, slots: List[int], lengths: List[int], counts: List[int], like: Tensor) -> List[Tensor]:
+        """slots, lengths, counts: of each row the pool slot, tokens cached, new tokens. like [N and padding, H]: dtype and device.
 
-        Returns cos and sin (signed for a rotation by half) [B, T, 1, D]; index, slot and position of each real new token [N];
-        one mask [B, 1, groups · T, L] per window, empty where a single decode token sees everything.
+        Returns cos and sin (signed for a rotation by half) [N, 1, D]; slot and position of each new token [N]; then row by row one mask
+        [groups · T, L] per window, empty where a single token sees everything.
         """
-        B = lengths.shape[0]
-        T = int(counts.max())
-        offsets = torch.arange(T, device=like.device)
-        positions = lengths[:, None] + offsets
-        angles = (positions.float()[..., None] * self.inv_freq)[:, :, None]  # pyright: ignore[reportOperatorIssue]  a buffer
+        own_slots: List[Tensor] = []
+        own_positions: List[Tensor] = []
+        for row in range(len(slots)):
+            own_slots.append(torch.full([counts[row]], slots[row], dtype=torch.int64, device=like.device))
+            own_positions.append(torch.arange(lengths[row], lengths[row] + counts[row], device=like.device))
+        positions = torch.cat(own_positions)
+        angles = F.pad(positions.float(), [0, like.shape[0] - len(positions)])
+        angles = (angles[:, None] * self.inv_freq)[:, None]  # pyright: ignore[reportOperatorIssue]  a buffer
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
-        tables = [torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)]
-        real = offsets < counts[:, None]
-        tables.append(real.flatten().nonzero().flatten())
-        tables.append(slots[:, None].expand(B, T)[real])
-        tables.append(positions[real])
-        keys = torch.arange(int((lengths + counts).max()), device=like.device)
-        for window in self.windows:
-            if B == 1 and T == 1 and window == 0:
-                tables.append(torch.empty(0, dtype=torch.bool, device=like.device))
-            else:
-                mask = keys <= positions[..., None]
-                if window > 0:
-                    mask = mask & (keys > positions[..., None] - window)
-                tables.append(mask.repeat(1, self.groups, 1)[:, None])
+        tables = [torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype), torch.cat(own_slots), positions]
+        for row in range(len(slots)):
+            seen = lengths[row] + counts[row]
+            for window in self.windows:
+                if counts[row] == 1 and (window == 0 or seen <= window):
+                    tables.append(torch.empty(0, dtype=torch.bool, device=like.device))
+                else:
+                    own, keys = own_positions[row][:, None], torch.arange(seen, device=like.device)
+                    mask = keys <= own
+                    if window > 0:
+                        mask = mask & (keys > own - window)
+                    tables.append(mask.repeat(self.groups, 1))
         return tables
 
     def forward(
         self,
         hidden: Tensor,
         injections: List[Tensor],
-        counts: Tensor,
-        slots: Tensor,
-        lengths: Tensor,
+        slots: List[int],
+        lengths: List[int],
+        counts: List[int],
         keys: List[Tensor],
         values: List[Tensor],
     ) -> Tensor:
-        """A whole step in one call, for a plan with one segment and no exchange: hidden [B, T, H] -> exit [B, T, H]."""
-        tables = self.tables(lengths, counts, slots, hidden)
+        """A whole step in one call, for a plan with one segment and no exchange: hidden [N, H] -> exit [N, H]."""
+        tables = self.tables(slots, lengths, counts, hidden)
         for segment in self.segments:  # there is one
-            hidden = segment.through(hidden, injections, tables, slots, lengths, keys, values)  # pyright: ignore[reportCallIssue]
+            hidden = segment.through(hidden, injections, tables, slots, lengths, counts, keys, values)  # pyright: ignore[reportCallIssue]
         return hidden

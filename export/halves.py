@@ -14,7 +14,7 @@ import torch
 
 from ..artifact.errors import PloraError
 from ..artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_files
-from ..artifact.manifest import FORMAT_VERSION, FORMATS, MANIFEST, CloudManifest, EdgeManifest, write_json
+from ..artifact.manifest import FORMATS, MANIFEST, VERSIONS, CloudManifest, EdgeManifest, write_json
 from ..artifact.names import CLOUD_GRAPH
 from ..artifact.shape import DecoderShape, check_fits
 from ..models.adapter import Adapter, check_base, check_expansions, check_shapes, expected_basis, read_adapter
@@ -54,11 +54,11 @@ def write_halves(config: ExportConfig, out: Path, progress: Callable[[str], None
     write_cloud(base, adapter, config.dtype, cloud / CLOUD_GRAPH)
     progress(next(stages))
     made_by = f"plora {importlib.metadata.version('plora')}"
-    common = (FORMAT_VERSION, made_by, contract.hash, contract)
+    common = (made_by, contract.hash, contract)
     files = record_files(cloud, [CLOUD_GRAPH])
-    write_json(cloud / MANIFEST, CloudManifest(FORMATS[CloudManifest], *common, config.dtype, files))
+    write_json(cloud / MANIFEST, CloudManifest(FORMATS[CloudManifest], VERSIONS[CloudManifest], *common, config.dtype, files))
     files = record_files(edge, edge_names)
-    write_json(edge / MANIFEST, EdgeManifest(FORMATS[EdgeManifest], *common, config.edge_dtype, tied, files))
+    write_json(edge / MANIFEST, EdgeManifest(FORMATS[EdgeManifest], VERSIONS[EdgeManifest], *common, config.edge_dtype, tied, files))
 
 
 def open_adapter(path: Path, shape: DecoderShape) -> Adapter:

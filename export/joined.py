@@ -142,7 +142,7 @@ class Halves:
         """One step; every tensor that crosses between parts, by the names of the record (reference.py)."""
         device = self.embed(ids)
         seen: dict[str, Floats] = {"embedded": device}
-        slots, lengths, counts = torch.tensor([0]), torch.tensor([self.length]), torch.tensor([len(ids)])
+        slots, lengths, counts = [0], [self.length], [len(ids)]
         injections: dict[int, Tensor] = {}
         hidden, tables = torch.empty(0), []
         for stage in walk(self.plan):
@@ -150,30 +150,29 @@ class Halves:
                 device = self.device_layers(0, stage.stop, device)
             elif isinstance(stage, Entry):
                 seen["entry"] = device
-                hidden = torch.tensor(device, dtype=self.keys[0].dtype)[None]
-                tables = self.graph.tables(lengths, counts, slots, hidden)
+                hidden = torch.tensor(device, dtype=self.keys[0].dtype)
+                tables = self.graph.tables(slots, lengths, counts, hidden)
                 if stage.exchange is not None:
                     seen["injection.-1"] = self.entry_injection(stage.exchange, device)
-                    injections[-1] = torch.tensor(seen["injection.-1"], dtype=hidden.dtype)[None]
+                    injections[-1] = torch.tensor(seen["injection.-1"], dtype=hidden.dtype)
             elif isinstance(stage, Segment):
                 segment, own = self.segments[stage.index], self.plan.cache_of(stage)
-                rest = (tables, slots, lengths, self.keys[own], self.values[own])
+                rest = (tables, slots, lengths, counts, self.keys[own], self.values[own])
                 if stage.exchange is None:
                     inputs = [injections[index] for index in stage.inputs]
-                    if len(self.segments) == 1:  # a whole step in one call, as the server makes it
-                        hidden = self.graph(hidden, inputs, counts, *rest[1:])
-                    else:
-                        hidden = segment.through(hidden, inputs, *rest)
+                    # A plan's only segment is a whole step in one call, as the server makes it.
+                    whole = len(self.segments) == 1
+                    hidden = self.graph(hidden, inputs, *rest[1:]) if whole else segment.through(hidden, inputs, *rest)
                     continue
                 u, compressed = segment.open(hidden)
                 exchange = self.plan.exchanges[stage.exchange]
-                seen[f"compressed.{exchange.index}"] = compressed[0].float().numpy()
+                seen[f"compressed.{exchange.index}"] = compressed.float().numpy()
                 injection = self.inject(exchange, seen[f"compressed.{exchange.index}"])
                 seen[f"injection.{exchange.index}"] = injection
-                injections[exchange.index] = torch.tensor(injection, dtype=hidden.dtype)[None]
+                injections[exchange.index] = torch.tensor(injection, dtype=hidden.dtype)
                 hidden = segment(hidden, segment.ahead(u), [injections[index] for index in stage.inputs], *rest)
             elif isinstance(stage, Exit):
-                device = seen["exit"] = hidden[0].float().numpy()
+                device = seen["exit"] = hidden.float().numpy()
             elif isinstance(stage, BackLayers):
                 device = self.device_layers(stage.first, stage.stop, device)
         seen["residual"] = device

@@ -27,12 +27,13 @@ class Terms:
 @dataclass(frozen=True)
 class Greeting:
     """A device asks for a session. session: b"" for a new one, else the one that it wants to go on with, of which it has `received`
-    so many numbered frames; resume: it could do so."""
+    so many numbered frames; resume: it could do so; alone: its steps shall be computed with nobody else's."""
 
     precision: Precision
     session: bytes
     received: int = 0
     resume: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)

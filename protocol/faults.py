@@ -6,6 +6,7 @@ from ..artifact.errors import (
     CloudFailed,
     ContextOverflow,
     PloraError,
+    QuotaReached,
     Refused,
     RefusedContract,
     RefusedDtype,
@@ -31,6 +32,7 @@ ERRORS: dict[str, type[PloraError]] = {
     "EXPIRED": SessionExpired,
     "CONTEXT_FULL": ContextOverflow,
     "INTERNAL": CloudFailed,
+    "QUOTA": QuotaReached,
 }
 
 

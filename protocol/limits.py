@@ -8,7 +8,7 @@ from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DTYPE_BYTES, DecoderShape
 
 MAJOR = PROTOCOL_MAJOR
-MINOR = 2
+MINOR = 3
 SERVICE = "plora.v1.PrivateLora"
 METHOD = "Exchange"
 

@@ -29,6 +29,7 @@ class FaultCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EXPIRED: _ClassVar[FaultCode]
     CONTEXT_FULL: _ClassVar[FaultCode]
     INTERNAL: _ClassVar[FaultCode]
+    QUOTA: _ClassVar[FaultCode]
 DTYPE_UNSPECIFIED: Dtype
 FP32: Dtype
 FP16: Dtype
@@ -47,6 +48,7 @@ STOPPING: FaultCode
 EXPIRED: FaultCode
 CONTEXT_FULL: FaultCode
 INTERNAL: FaultCode
+QUOTA: FaultCode
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "rows", "columns", "data", "scales")
@@ -87,7 +89,7 @@ class Capabilities(_message.Message):
     def __init__(self, fp16: _Optional[bool] = ..., bf16: _Optional[bool] = ..., resume: _Optional[bool] = ..., int8: _Optional[bool] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("major", "minor", "contract", "capabilities", "dtype", "session", "precision")
+    __slots__ = ("major", "minor", "contract", "capabilities", "dtype", "session", "precision", "alone")
     MAJOR_FIELD_NUMBER: _ClassVar[int]
     MINOR_FIELD_NUMBER: _ClassVar[int]
     CONTRACT_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +97,7 @@ class Hello(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     major: int
     minor: int
     contract: bytes
@@ -102,7 +105,8 @@ class Hello(_message.Message):
     dtype: Dtype
     session: bytes
     precision: Precision
-    def __init__(self, major: _Optional[int] = ..., minor: _Optional[int] = ..., contract: _Optional[bytes] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., session: _Optional[bytes] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ...) -> None: ...
+    alone: bool
+    def __init__(self, major: _Optional[int] = ..., minor: _Optional[int] = ..., contract: _Optional[bytes] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., session: _Optional[bytes] = ..., precision: _Optional[_Union[Precision, _Mapping]] = ..., alone: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("minor", "capabilities", "dtype", "session", "context_tokens", "step_tokens", "idle_millis", "precision", "lease_millis", "window")

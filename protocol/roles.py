@@ -45,9 +45,18 @@ CAPABILITIES_1 = pb.Capabilities(fp16=True, bf16=True)
 class DeviceSession(Session):
     """The device's role."""
 
-    def __init__(self, plan: ExchangePlan, shape: DecoderShape, contract: str, precision: Precision = Precision()) -> None:  # noqa: B008  frozen
+    def __init__(
+        self,
+        plan: ExchangePlan,
+        shape: DecoderShape,
+        contract: str,
+        precision: Precision = Precision(),  # noqa: B008  frozen
+        alone: bool = False,
+    ) -> None:
+        """alone: the cloud shall compute its steps with nobody else's."""
         super().__init__(Role.DEVICE, plan, shape, contract)
         self.precision = precision
+        self.alone = alone
         self._cancelling = (0, 0)  # the step given up, and the length that this leaves
 
     def hello(self) -> bytes:
@@ -76,7 +85,7 @@ class DeviceSession(Session):
         return self.outbox.after(frame.received)
 
     def _hello(self) -> pb.Hello:
-        hello = pb.Hello(major=MAJOR, minor=MINOR, contract=self.contract, capabilities=CAPABILITIES)
+        hello = pb.Hello(major=MAJOR, minor=MINOR, contract=self.contract, capabilities=CAPABILITIES, alone=self.alone)
         say(self.precision, hello)
         return hello
 
@@ -299,6 +308,8 @@ class CloudSession(Session):
 
     def fault(self, code: str, detail: str, retry_after_millis: int = 0) -> bytes:
         """Ends the session, or refuses to open it."""
+        if code == "QUOTA" and self._minor < 3:
+            code = "FULL"
         fault = pb.Fault(code=code, detail=detail[:MAX_DETAIL_CHARACTERS], retry_after_millis=retry_after_millis)
         return self._send(pb.Frame(fault=fault))
 
@@ -321,7 +332,7 @@ class CloudSession(Session):
         if isinstance(precision, str):
             raise RemoteProtocolError(precision, "WRONG_DTYPE")
         self._minor, self._resumes = hello.minor, hello.capabilities.resume
-        return Greeting(precision, hello.session, self._greeted, hello.capabilities.resume)
+        return Greeting(precision, hello.session, self._greeted, hello.capabilities.resume, hello.alone)
 
     def _check_received(self, frame: pb.Frame) -> None:
         self._greeted = frame.received

@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor
 
 from plora.artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_files
-from plora.artifact.manifest import FORMAT_VERSION, FORMATS, MANIFEST, EdgeManifest, write_json
+from plora.artifact.manifest import FORMATS, MANIFEST, VERSIONS, EdgeManifest, write_json
 from plora.cloud_server.cache import Pool
-from plora.cloud_server.engine import Calls, Engine
+from plora.cloud_server.engine import Engine
 from plora.cloud_server.service import Limits, Service
 from plora.device_runtime.edge import Edge
 from plora.device_runtime.link import Link
@@ -121,7 +121,9 @@ def write_edge_half(folder: Path, base: Base, adapter: Adapter, dtype: str = "fp
     names = write_numbers(folder, base, adapter, dtype, ort)
     contract = contract_of(base, adapter)
     files = record_files(folder, names)
-    manifest = EdgeManifest(FORMATS[EdgeManifest], FORMAT_VERSION, "tests", contract.hash, contract, dtype, is_tied(base.model), files)
+    manifest = EdgeManifest(
+        FORMATS[EdgeManifest], VERSIONS[EdgeManifest], "tests", contract.hash, contract, dtype, is_tied(base.model), files
+    )
     write_json(folder / MANIFEST, manifest)
     return folder
 
@@ -131,16 +133,11 @@ class EagerEngine(Engine):
 
     def __init__(self, base: Base, adapter: Adapter, slots: int = 2) -> None:
         self.contract = contract_of(base, adapter)
-        self.plan, self.shape, self.dtype = self.contract.plan, base.shape, torch.float32
-        self.step_tokens = CONTEXT
-        budget = slots * CONTEXT * base.shape.kv_bytes_per_token("fp32", self.plan.cloud_layers)
-        self.pool = Pool(base.shape, self.plan.cloud_layers, CONTEXT, budget, self.dtype, "fp32")
-        self.layer_bytes = 0  # so small that everything runs on the event loop
-        self.graph = build_cloud_graph(base.model, base.shape, adapter)
-        own = [self.plan.cache_of(segment) for segment in self.plan.segments]
-        self.keys, self.values = [self.pool.keys[part] for part in own], [self.pool.values[part] for part in own]
-        segments: Iterator[Any] = self.graph.segments.children()
-        self.calls = [Calls(each.open, each.ahead, each.forward, each.through) for each in segments]
+        layers = self.contract.plan.cloud_layers
+        budget = slots * CONTEXT * base.shape.kv_bytes_per_token("fp32", layers)
+        pool = Pool(base.shape, layers, CONTEXT, budget, "fp32", slots)
+        # Layers so small that everything runs on the event loop.
+        self._hold(build_cloud_graph(base.model, base.shape, adapter), pool, torch.float32, 0)
 
 
 # Joined

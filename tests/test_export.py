@@ -26,7 +26,7 @@ from plora.artifact import entry_plan, paper_plan
 from plora.artifact.edge_layout import graph_names
 from plora.artifact.errors import DamagedFile, ManifestError, MissingFile, UsageError, VerificationError, WrongPair
 from plora.artifact.hashes import record_files
-from plora.artifact.manifest import FORMAT_VERSION, MANIFEST, read_json, write_json
+from plora.artifact.manifest import MANIFEST, VERSIONS, CloudManifest, read_json, write_json
 from plora.artifact.names import CHAT_TEMPLATE, CLOUD_GRAPH, CORES, ENTRY_DOWN, HEAD_TABLE, LAYERS, OPERATORS, TABLE, TOKENIZER, core_name
 from plora.cloud_server.engine import Engine
 from plora.device_runtime import open_session
@@ -257,7 +257,7 @@ def test_an_edited_manifest_is_noticed(copy: Path) -> None:
         {"contract_hash": "0" * 64},
         {"dtype": "fp12"},
         {"tied": 1},
-        {"version": FORMAT_VERSION + 1},
+        {"version": VERSIONS[CloudManifest] + 1},
         {"surprise": None},
     ):
         write_json(path, {**manifest, **damage})

@@ -152,32 +152,32 @@ def test_replay(path: Path) -> None:
     Replay(header).run(lines, lambda made, recorded: made == recorded)
 
 
-def as_minor_1(data: bytes) -> bytes:
-    """A frame of ours with all that minor 2 added to the greetings taken away: the device's capabilities, and either side's number."""
+def as_minor(minor: int, data: bytes) -> bytes:
+    """A frame of ours with all that later minors added to the greetings taken away: the device's capabilities, and either side's number."""
     frame = pb.Frame.FromString(data)
     if frame.HasField("hello"):
-        frame.hello.minor = 1
-        frame.hello.capabilities.CopyFrom(pb.Capabilities(fp16=True, bf16=True))
+        frame.hello.minor = minor
+        if minor < 2:
+            frame.hello.capabilities.CopyFrom(pb.Capabilities(fp16=True, bf16=True))
     elif frame.HasField("welcome"):
-        frame.welcome.minor = 1
+        frame.welcome.minor = minor
     return frame.SerializeToString()
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "minor_1").glob("*.jsonl")), ids=lambda path: path.stem)
-def test_a_device_of_minor_1_is_served_as_ever(path: Path) -> None:
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("minor_*/*.jsonl")), ids=lambda path: f"{path.parent.stem}-{path.stem}")
+def test_devices_of_earlier_minors_are_served_as_ever(path: Path) -> None:
     """The cloud hears what such devices sent, and answers as it did, to the byte, but for its number in the welcome. Without a lease our own
     device says nothing new after its hello either."""
     header, lines = read(path)
-    assert header["protocol"] == {"major": PROTOCOL_MAJOR, "minor": 1}
-    Replay(header).run(lines, lambda made, recorded: as_minor_1(made) == recorded)
+    minor = int(path.parent.name.removeprefix("minor_"))
+    assert header["protocol"] == {"major": PROTOCOL_MAJOR, "minor": minor}
+    Replay(header).run(lines, lambda made, recorded: as_minor(minor, made) == recorded)
 
 
-def test_there_are_devices_of_minor_1() -> None:
-    assert {path.name for path in (FOLDER / "minor_1").glob("*.jsonl")} == {
-        "paper_plan.jsonl",
-        "cancel_and_truncate.jsonl",
-        "entry_plan.jsonl",
-    }
+def test_there_are_devices_of_earlier_minors() -> None:
+    first = {"paper_plan.jsonl", "cancel_and_truncate.jsonl", "entry_plan.jsonl"}
+    assert {path.name for path in (FOLDER / "minor_1").glob("*.jsonl")} == first
+    assert {path.name for path in (FOLDER / "minor_2").glob("*.jsonl")} == first | {"resumed.jsonl"}
 
 
 def test_the_maker_makes_what_was_recorded(tmp_path: Path) -> None:

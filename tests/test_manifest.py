@@ -19,7 +19,6 @@ from plora.artifact.errors import ArtifactError, DamagedFile, ManifestError, Mis
 from plora.artifact.folders import check_new, new_file, new_folder
 from plora.artifact.hashes import FileRecord, record_files
 from plora.artifact.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     CloudManifest,
@@ -93,8 +92,8 @@ REFUSED: dict[str, tuple[Edit, type[PloraError], str]] = {
     "record without hash": (lambda m: m["files"][CLOUD_GRAPH].pop("sha256"), ManifestError, r"\.files\.cloud\.pt\.sha256: missing key"),
     "other format": (lambda m: m.update(format="plora-edge"), ManifestError, r"\.format: got 'plora-edge', expected 'plora-cloud'"),
     "no format": (lambda m: m.pop("format"), ManifestError, r"\.format: got None"),
-    "newer version": (lambda m: m.update(version=FORMAT_VERSION + 1, new_key=1), ManifestError, r"\.version: got 3, this plora reads 2"),
-    "older version": (lambda m: m.update(version=1), ManifestError, r"\.version: got 1, this plora reads 2; export again"),
+    "newer version": (lambda m: m.update(version=9, new_key=1), ManifestError, r"\.version: got 9, this plora reads [23]"),
+    "older version": (lambda m: m.update(version=1), ManifestError, r"\.version: got 1, this plora reads 3; export again"),
     "edited rank": (lambda m: m["contract"]["plan"]["sources"][0].update(ranks=[["shared", 7]]), ManifestError, "the manifest was edited"),
     "edited hash": (lambda m: m.update(contract_hash="0" * 64), ManifestError, r"\.contract_hash: got 0000000000000000…"),
     "edited basis": (lambda m: m["contract"].update(basis="0" * 64), ManifestError, "the manifest was edited"),

@@ -80,9 +80,9 @@ def child(port, settings, arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     engine.step_tokens = lambda plan, shape: settings["step_tokens"]
     service.Limits = partial(service.Limits, write_seconds=settings["write_seconds"])
-    tell(engine.Engine, "begin", lambda row, slot, length, hidden, injection: f"step {slot} {length} {len(hidden)}")
+    tell(engine.Engine, "begin", lambda row, slot, length, hidden, *rest: f"step {slot} {length} {len(hidden)}")
     tell(cache.Pool, "take", lambda slot: "full" if slot is None else "took")
-    tell(cache.Pool, "give_back", lambda result, slot: "gave")
+    tell(cache.Pool, "free", lambda result, slot: "gave")
     cli.main(["serve", *arguments])
 
 for line in sys.stdin:
@@ -706,7 +706,7 @@ def test_a_lease_that_runs_out_frees_the_slot_and_the_session_is_replayed(
     made: Made, start: Callable[..., House], expected: list[int]
 ) -> None:
     """There is one slot: a second session could not begin before the first is over."""
-    house = start(made.out / "cloud", "--lease-seconds", "0.3", "--kv-bytes", str(100_000))
+    house = start(made.out / "cloud", "--lease-seconds", "0.3", "--sessions", "1")
     with Trip(made, house) as trip:
         assert trip.session.terms.lease_millis == 300
         first, begun = trip.id, house.taken

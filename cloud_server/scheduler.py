@@ -1,0 +1,259 @@
+"""Which rows the engine takes together, and when: continuous batching whose unit is a leg, from one wait for a device to the next.
+
+Whoever stands at the same leg when the engine is free goes as one batch; while one session waits for its phone, the others compute. Single
+tokens go first, prompts fill up what room they leave, in pieces. Continuous batching: Orca (OSDI 2022); pieces of prompts beside
+decoding: Sarathi-Serve (arXiv 2403.02310).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+from .engine import Engine, Piece, Row
+
+INLINE_WEIGHT_BYTES = 64 << 20
+"""Work of up to so many tokens times bytes of weights runs on the event loop itself, about 5 ms here: handing it to a thread and
+back costs 0.1 ms, a tenth of what one decode token takes in one layer of SmolLM2. Anything longer would keep others waiting."""
+
+SHORT_TOKENS = 16
+"""Rows of up to so many tokens are decoding (a token, or one with drafts), and go before prompts."""
+
+MOST_SHORT_TOKENS = 256
+"""Of decoding rows in one batch: more gain nothing, and each would wait for all."""
+
+PIECE_TOKENS = 128
+"""Of a prompt that has the engine to itself: twice as many are no faster per token (docs/load.md)."""
+
+MIXED_TOKENS = 64
+"""Of a batch that holds decoding rows and a piece of a prompt: it takes about twice what 16 decoding rows take alone."""
+
+LEAST_PIECE_TOKENS = 16
+"""Of a prompt beside decoding rows, however many these are: it is never kept waiting for ever."""
+
+LINGER_SHARE = 0.5
+"""Of the time that a leg takes for one row. So long a batch waits for devices that are expected back: a row that comes along saves
+about a whole leg, one that is missed costs all the others half of one."""
+
+SMOOTHING = 0.25
+"""Weight of the last turnaround in what is expected of the next."""
+
+
+@dataclass(eq=False)
+class Pace:
+    """How long one session's device is away after each leg, in seconds, and since when it is."""
+
+    expected: dict[int, float] = field(default_factory=dict)
+    leg: int = 0
+    left_at: float | None = None
+
+    def leave(self, leg: int, now: float) -> None:
+        """It has what it needs, and will be back for `leg`."""
+        self.leg, self.left_at = leg, now
+
+    def come_back(self, leg: int, now: float) -> None:
+        if self.left_at is not None and leg == self.leg:
+            before, last = self.expected.get(leg), now - self.left_at
+            self.expected[leg] = last if before is None else before + SMOOTHING * (last - before)
+        self.left_at = None
+
+    @property
+    def due(self) -> float | None:
+        expected = self.expected.get(self.leg)
+        return None if self.left_at is None or expected is None else self.left_at + expected
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A row at its leg. alone: in no batch but its own."""
+
+    row: Row
+    pace: Pace
+    alone: bool
+    since: float
+    done: asyncio.Future[None] = field(repr=False)
+
+
+@dataclass
+class Counters:
+    """Since the start. rows: of all batches, prompts' pieces among them; seconds: that the engine worked."""
+
+    batches: int = 0
+    rows: int = 0
+    tokens: int = 0
+    largest: int = 0
+    seconds: float = 0.0
+
+
+class Scheduler:
+    """Drives one engine from one event loop; longer work runs on `worker`, one batch at a time."""
+
+    def __init__(self, engine: Engine, worker: Executor) -> None:
+        self.engine = engine
+        self.worker = worker
+        self.counters = Counters()
+        self.waiting: list[deque[Waiting]] = [deque() for _ in engine.legs]
+        self._away: set[Pace] = set()
+        self._idle_work: deque[Row] = deque()
+        self._busy = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._kicked = False
+
+    async def go(self, row: Row, pace: Pace, alone: bool = False) -> None:
+        """Takes a row through its next leg, together with others unless `alone`; its `result` is then what the device needs. If cancelled,
+        the engine may go on with a batch that the row is in."""
+        now = time.monotonic()
+        pace.come_back(row.leg, now)
+        self._away.discard(pace)
+        waiting = Waiting(row, pace, alone, now, asyncio.get_running_loop().create_future())
+        self.waiting[row.leg].append(waiting)
+        self._kick_soon()
+        await waiting.done
+
+    def meanwhile(self, row: Row) -> None:
+        """The row's device is on its way: what of its next leg needs no injection may be done now, if there is nothing better to do."""
+        self._idle_work.append(row)
+        self._kick_soon()
+
+    def forget(self, pace: Pace) -> None:
+        """It will not come back."""
+        self._away.discard(pace)
+        pace.left_at = None
+
+    @property
+    def queued(self) -> int:
+        return sum(map(len, self.waiting))
+
+    def _kick_soon(self) -> None:
+        """After those who have something to send or to queue: they come first in the event loop."""
+        if not self._kicked:
+            self._kicked = True
+            asyncio.get_running_loop().call_soon(self._kick)
+
+    def _kick(self) -> None:
+        self._kicked = False
+        if self._busy:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        index = self._next_leg()
+        if index is None:
+            self._work_ahead()
+            return
+        chosen = self._choose(index)
+        now = time.monotonic()
+        if (until := self._linger(index, chosen, now)) > now:
+            self._timer = asyncio.get_running_loop().call_later(until - now, self._kick)
+            return
+        self._start(index, chosen)
+
+    # Which
+
+    def _next_leg(self) -> int | None:
+        """Where somebody has waited longest."""
+        oldest: int | None = None
+        for index, queue in enumerate(self.waiting):
+            while queue and queue[0].done.done():  # its session is over
+                queue.popleft()
+            if queue and (oldest is None or queue[0].since < self.waiting[oldest][0].since):
+                oldest = index
+        return oldest
+
+    def _choose(self, index: int) -> list[tuple[Waiting, Piece]]:
+        """Of those at a leg, in the order in which they came; they stay in the queue until they are through."""
+        queue = [waiting for waiting in self.waiting[index] if not waiting.done.done()]
+        if queue[0].alone:
+            return [(queue[0], Piece(queue[0].row, queue[0].row.left))]
+        chosen: list[tuple[Waiting, Piece]] = []
+        tokens = 0
+        for waiting in queue:
+            left = waiting.row.left
+            if left <= SHORT_TOKENS and not waiting.alone and tokens + left <= MOST_SHORT_TOKENS:
+                chosen.append((waiting, Piece(waiting.row, left)))
+                tokens += left
+        room = max(LEAST_PIECE_TOKENS, MIXED_TOKENS - tokens) if chosen else PIECE_TOKENS
+        for waiting in queue:
+            left = waiting.row.left
+            if left > SHORT_TOKENS and not waiting.alone and room > 0:
+                chosen.append((waiting, Piece(waiting.row, min(left, room))))
+                room -= min(left, room)
+        return chosen
+
+    def _linger(self, index: int, chosen: list[tuple[Waiting, Piece]], now: float) -> float:
+        """Until when to wait for devices that are due; before `now` if for none."""
+        if chosen[0][0].alone or any(piece.count > SHORT_TOKENS for _, piece in chosen):
+            return 0.0
+        latest = min(waiting.since for waiting, _ in chosen) + LINGER_SHARE * self.engine.leg_seconds[index]
+        if latest <= now:
+            return 0.0
+        longest_overdue = now - LINGER_SHARE * self.engine.leg_seconds[index]
+        due = [pace.due for pace in self._away if pace.leg == index]
+        return latest if any(each is not None and longest_overdue <= each <= latest for each in due) else 0.0
+
+    # Work
+
+    def _start(self, index: int, chosen: list[tuple[Waiting, Piece]]) -> None:
+        pieces = [piece for _, piece in chosen]
+        segment = self.engine.legs[index].segment
+        tokens, layers = sum(piece.count for piece in pieces), 1 if segment is None else segment.stop - segment.first
+        self.counters.batches += 1
+        self.counters.rows += len(pieces)
+        self.counters.tokens += tokens
+        self.counters.largest = max(self.counters.largest, len(pieces))
+        self._run(tokens * layers, lambda: self.engine.go(index, pieces), lambda *end: self._deliver(index, chosen, *end))
+
+    def _deliver(self, index: int, chosen: list[tuple[Waiting, Piece]], error: Exception | None, seconds: float) -> None:
+        now = time.monotonic()
+        through = set()
+        for waiting, _ in chosen:
+            waiting.row.seconds += seconds
+            if waiting.done.done():  # cancelled
+                through.add(waiting)
+            elif error is not None:
+                waiting.done.set_exception(error)
+                through.add(waiting)
+            elif waiting.row.leg != index:
+                waiting.pace.leave(waiting.row.leg % len(self.waiting), now)
+                self._away.add(waiting.pace)
+                waiting.done.set_result(None)
+                through.add(waiting)
+        self.waiting[index] = deque(waiting for waiting in self.waiting[index] if waiting not in through)
+
+    def _work_ahead(self) -> None:
+        rows: list[Row] = []
+        while self._idle_work:
+            row = self._idle_work.popleft()
+            if row.u is not None and row.qkv is None and (not rows or row.leg == rows[0].leg):
+                rows.append(row)
+        if rows:
+            self._run(sum(row.count for row in rows), lambda: self.engine.ahead(rows), lambda error, seconds: None)
+
+    def _run(self, token_layers: int, work: Callable[[], Any], end: Callable[[Exception | None, float], None]) -> None:
+        """Has the engine do `work`, here if it is short, and then calls `end` with the error, if any, and the seconds that it took."""
+        self._busy = True
+        if token_layers * self.engine.layer_bytes <= INLINE_WEIGHT_BYTES:
+            self._finish(_timed(work), end)
+        else:
+            future = asyncio.get_running_loop().run_in_executor(self.worker, _timed, work)
+            future.add_done_callback(lambda done: self._finish(done.result(), end))
+
+    def _finish(self, outcome: tuple[Exception | None, float], end: Callable[[Exception | None, float], None]) -> None:
+        self._busy = False
+        self.counters.seconds += outcome[1]
+        end(*outcome)
+        self._kick_soon()
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Exception | None, float]:
+    began = time.perf_counter()
+    try:
+        work()
+    except Exception as error:  # of whatever kind: its rows' sessions end by name, and the others go on
+        return error, time.perf_counter() - began
+    return None, time.perf_counter() - began
