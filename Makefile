@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 CODE := artifact protocol models export cloud_server device_runtime tests bench tools examples
 
-.PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts \
+.PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts bench-load \
 	bench-privacy bench-recall persona clean
 
 install: $(VENV)/.installed
@@ -69,6 +69,10 @@ bench-doctor: install
 
 bench-cuts: install
 	$(BIN)/python -m bench.cuts
+
+# One cloud under 1 to 128 scripted devices: docs/results/load.json
+bench-load: install
+	$(BIN)/python -m bench.load
 
 # What the cloud can read under each plan: docs/results/privacy.json
 bench-privacy: install

@@ -26,7 +26,7 @@ WARM_STEPS = 3
 def engine_ceiling(folder: Path, batch: int, threads: int, steps: int = STEPS) -> float:
     """Tokens per second of `batch` rows that decode together; their injections are there before they are asked for."""
     torch.set_num_threads(threads)
-    engine = Engine(folder, batch * 256 * (1 << 20), 512)
+    engine = Engine(folder, (1 << 30) + batch * (16 << 20), 512, batch)
     generator = np.random.default_rng(0)
 
     def values(tokens: int, columns: int) -> Floats:

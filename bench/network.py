@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plora.artifact.errors import UsageError
+from plora.artifact.errors import ArtifactError, UsageError
+from plora.artifact.manifest import CloudManifest, EdgeManifest, read_manifest
 from plora.models.plan_flags import PlanChoice
 
 from .conditions import ROOT, write_results
@@ -99,12 +101,13 @@ def make_exports(base: str, plans: list[str]) -> str:
         loaded = read_base(base)
         loaded.model.save_pretrained(copy)
         read_tokenizer(loaded.source).save_pretrained(copy)
-    missing = [name for name in plans if not (SCRATCH / name / "edge").is_dir()]
+    missing = [name for name in plans if not current(SCRATCH / name)]
     if missing:
         from plora.models.checkpoint import read_base
 
         loaded = read_base(str(copy))
         for name in missing:
+            shutil.rmtree(SCRATCH / name, ignore_errors=True)
             make_adapter(loaded, PLANS[name], adapter_of(name), CORE_SIZE)
         del loaded
     for name in missing:
@@ -113,12 +116,21 @@ def make_exports(base: str, plans: list[str]) -> str:
     return str(copy)
 
 
+def current(out: Path) -> bool:
+    """Whether there is an export that this plora reads."""
+    try:
+        read_manifest(CloudManifest, out / "cloud")
+        read_manifest(EdgeManifest, out / "edge")
+    except ArtifactError:
+        return False
+    return True
+
+
 def adapter_of(plan: str) -> Path:
     return SCRATCH / f"{plan}-adapter"
 
 
 def prompt_ids() -> dict[str, list[int]]:
-    from plora.artifact.manifest import EdgeManifest, read_manifest
     from plora.device_runtime.text import Text
 
     edge = SCRATCH / "entry" / "edge"

@@ -61,10 +61,21 @@ def pin(pid: int, core: int) -> None:
 
 
 @contextmanager
-def cloud(folder: Path, threads: int, kv_bytes: int = 512 << 20) -> Iterator[Cloud]:
+def cloud(folder: Path, threads: int, kv_bytes: int = 512 << 20, *flags: str) -> Iterator[Cloud]:
     """`plora-cloud serve` on a free loopback port."""
     began = time.perf_counter()
-    command = [BIN / "plora-cloud", "serve", folder, "--listen", "127.0.0.1:0", "--threads", str(threads), "--kv-bytes", str(kv_bytes)]
+    command = [
+        BIN / "plora-cloud",
+        "serve",
+        folder,
+        "--listen",
+        "127.0.0.1:0",
+        "--threads",
+        str(threads),
+        "--kv-bytes",
+        str(kv_bytes),
+        *flags,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..artifact.errors import PloraError, ServerFull, ServerStopping, SessionExpired, Unreachable
+from ..artifact.errors import PloraError, ServerStopping, SessionExpired, Unreachable
 from ..artifact.plan import Exchange
 from ..artifact.walk import BackLayers, Entry, FrontLayers, walk
 from ..protocol.events import CancelDone, ClosedDone, CompressedArrived, StepDone, Terms
@@ -108,7 +108,7 @@ class Stepper:
                 async with self._deadline():
                     await self._settle()
                     return await self._feed(fixed[len(self.history) :] + ids, exit_rows)
-            except (SessionExpired, ServerStopping, ServerFull) as error:
+            except (SessionExpired, ServerStopping) as error:
                 lost = str(error)
         raise Unreachable(f"{self.link.address}: {MOST_SESSIONS} sessions were lost one after another; given up")
 
