@@ -52,7 +52,7 @@ IDLE_CONTEXT_TOKENS = 2048
 """The server's default: what a session could grow to may take memory before it does."""
 IDLE_SHARE = 0.5
 """Of the memory that is free: sessions that would take more are not opened."""
-SETTLE_SECONDS = 1.0
+SETTLE_SECONDS = 5.0
 """From the last idle session's prompt to reading the server's memory."""
 
 

@@ -33,14 +33,15 @@ Floats = NDArray[np.float32]
 class Row:
     """One session's running step of T tokens. slot, length: in the pool, and tokens cached before; hidden: [T, H], the entry, then behind
     each segment; injections: [T, I] by exchange, -1 the entry's; leg: its next; done: tokens that have gone through that leg's segment,
-    and `parts` is what came out; u, qkv: [T, ...] of the segment that the exchange opened; result: of its last leg; seconds: that the
-    engine worked on batches that it was in."""
+    and `parts` is what came out; u, qkv: [T, ...] of the segment that the exchange opened; result: of its last leg; alone: in
+    batches of its own; seconds: that the engine worked on batches that it was in."""
 
     slot: int
     length: int
     hidden: Tensor
     injections: dict[int, Tensor]
     exit_rows: int = 1
+    alone: bool = False
     leg: int = 0
     done: int = 0
     parts: list[Tensor] = field(default_factory=list, repr=False)
@@ -105,13 +106,13 @@ class Engine:
         found = len(list(graph.segments.children()))
         if found != len(self.contract.plan.segments):
             raise DamagedFile(f"{path}: {found} segments, the plan has {len(self.contract.plan.segments)}")
-        self._hold(graph, pool, DTYPES[self.manifest.dtype], self.manifest.files[CLOUD_GRAPH].bytes // self.contract.plan.cloud_layers)
+        self._hold(graph, pool, DTYPES[self.manifest.dtype])
 
-    def _hold(self, graph: Any, pool: Pool, dtype: torch.dtype, layer_bytes: int) -> None:
+    def _hold(self, graph: Any, pool: Pool, dtype: torch.dtype) -> None:
         self.plan, self.shape = self.contract.plan, self.contract.shape
-        self.graph, self.pool, self.dtype, self.layer_bytes = graph, pool, dtype, layer_bytes
+        self.graph, self.pool, self.dtype = graph, pool, dtype
         self.legs = legs(self.plan)
-        self.leg_seconds = [0.0] * len(self.legs)
+        self.merge_seconds = [0.0] * len(self.legs)
         self.step_tokens = min(step_tokens(self.plan, self.shape), pool.context_tokens)
         own = [self.plan.cache_of(segment) for segment in self.plan.segments]
         self.keys, self.values = [pool.keys[part] for part in own], [pool.values[part] for part in own]
@@ -206,36 +207,43 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs a prompt and tokens through every leg, alone and as a batch of two, so that TorchScript has specialised before anyone
-        waits; `leg_seconds` is then what one token takes."""
-        slots = [slot for slot in (self.pool.take(), self.pool.take()) if slot is not None]
-        for own in (slots, slots[:1]):
+        """Runs a prompt and tokens through every leg, alone and in batches, so that TorchScript has specialised before anyone waits;
+        `merge_seconds` is then what is measured."""
+        slots = [slot for slot in (self.pool.take() for _ in range(MERGED_ROWS)) if slot is not None]
+        half = len(slots) // 2
+        seconds: dict[int, list[float]] = {}
+        for rows in dict.fromkeys((len(slots), half or 1, 1)):
             length = 0
-            for tokens in (8, 8, 1, 1, 1, 1, 1):
+            for tokens in (8, 1, 1, 1, 1, 1, 1):
                 tokens = min(tokens, self.pool.context_tokens - length)
-                if tokens < 1 or not all(self.pool.reserve(slot, length + tokens) for slot in own):
+                if tokens < 1 or not all(self.pool.reserve(slot, length + tokens) for slot in slots[:rows]):
                     break
-                self.blank_step([(slot, length, tokens) for slot in own])
+                taken = self.blank_step([(slot, length, tokens) for slot in slots[:rows]])
+                seconds[rows] = [min(pair) for pair in zip(seconds[rows], taken, strict=True)] if length > 8 else taken
                 length += tokens
+        if half in seconds and len(slots) in seconds:
+            self.merge_seconds = [max(2 * two - one, 0.0) for two, one in zip(seconds[half], seconds[len(slots)], strict=True)]
         for slot in slots:
             self.pool.give_back(slot)
 
-    def blank_step(self, steps: list[tuple[int, int, int]]) -> None:
-        """One step of zeros through every leg, as sessions walk it, without a device. steps: slot, length and tokens of each."""
+    def blank_step(self, steps: list[tuple[int, int, int]]) -> list[float]:
+        """One step of zeros through every leg, as sessions walk it, without a device: seconds of each leg. steps: slot, length and tokens
+        of each row."""
         held = self.plan.entry_exchange
-        rows = []
+        rows, seconds = [], []
         for slot, length, tokens in steps:
             injection = np.zeros((tokens, held.injection_columns), np.float32) if held else None
             rows.append(self.begin(slot, length, np.zeros((tokens, self.shape.hidden), np.float32), injection))
         for index, leg in enumerate(self.legs):
             began = time.perf_counter()
             self.go(index, [Piece(row, row.count) for row in rows])
-            self.leg_seconds[index] = time.perf_counter() - began
+            seconds.append(time.perf_counter() - began)
             if leg.exchange is not None:
                 self.ahead(rows)
                 columns = self.plan.exchanges[leg.exchange.index].injection_columns
                 for row in rows:
                     self.inject(row, leg.exchange.index, np.zeros((row.count, columns), np.float32))
+        return seconds
 
     def _tensor(self, values: Floats) -> Tensor:
         """[T, N] float32 -> [T, N] in the engine's dtype."""
@@ -244,6 +252,10 @@ class Engine:
 
 DEFAULT_CONTEXT_TOKENS = 2048
 """Tokens of one session's cache unless told otherwise: long enough to chat, and many fit."""
+
+
+MERGED_ROWS = 16
+"""Rows of the batch that `merge_seconds` is measured with: by leg, what it takes less than two of half as many."""
 
 
 def padded_rows(rows: int) -> int:

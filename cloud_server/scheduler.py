@@ -11,15 +11,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from .engine import Engine, Piece, Row
-
-INLINE_WEIGHT_BYTES = 64 << 20
-"""Work of up to so many tokens times bytes of weights runs on the event loop itself, about 5 ms here: handing it to a thread and
-back costs 0.1 ms, a tenth of what one decode token takes in one layer of SmolLM2. Anything longer would keep others waiting."""
 
 SHORT_TOKENS = 16
 """Rows of up to so many tokens are decoding (a token, or one with drafts), and go before prompts."""
@@ -36,9 +32,9 @@ MIXED_TOKENS = 64
 LEAST_PIECE_TOKENS = 16
 """Of a prompt beside decoding rows, however many these are: it is never kept waiting for ever."""
 
-LINGER_SHARE = 0.5
-"""Of the time that a leg takes for one row. So long a batch waits for devices that are expected back: a row that comes along saves
-about a whole leg, one that is missed costs all the others half of one."""
+LINGER_SHARE = 0.8
+"""Of what two batches take more than one (`Engine.merge_seconds`): so long a batch waits for devices that are expected back. Waiting costs
+the engine that time, not waiting costs it a second batch."""
 
 SMOOTHING = 0.25
 """Weight of the last turnaround in what is expected of the next."""
@@ -70,11 +66,10 @@ class Pace:
 
 @dataclass(eq=False)
 class Waiting:
-    """A row at its leg. alone: in no batch but its own."""
+    """A row at its leg."""
 
     row: Row
     pace: Pace
-    alone: bool
     since: float
     done: asyncio.Future[None] = field(repr=False)
 
@@ -91,7 +86,7 @@ class Counters:
 
 
 class Scheduler:
-    """Drives one engine from one event loop; longer work runs on `worker`, one batch at a time."""
+    """Drives one engine from one event loop. All of its work is done by `worker`, one batch at a time."""
 
     def __init__(self, engine: Engine, worker: Executor) -> None:
         self.engine = engine
@@ -101,16 +96,17 @@ class Scheduler:
         self._away: set[Pace] = set()
         self._idle_work: deque[Row] = deque()
         self._busy = False
+        self._free_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._kicked = False
 
-    async def go(self, row: Row, pace: Pace, alone: bool = False) -> None:
-        """Takes a row through its next leg, together with others unless `alone`; its `result` is then what the device needs. If cancelled,
-        the engine may go on with a batch that the row is in."""
+    async def go(self, row: Row, pace: Pace) -> None:
+        """Takes a row through its next leg, together with others unless it is `alone`; its `result` is then what the device needs. If
+        cancelled, the engine may go on with a batch that the row is in."""
         now = time.monotonic()
         pace.come_back(row.leg, now)
         self._away.discard(pace)
-        waiting = Waiting(row, pace, alone, now, asyncio.get_running_loop().create_future())
+        waiting = Waiting(row, pace, now, asyncio.get_running_loop().create_future())
         self.waiting[row.leg].append(waiting)
         self._kick_soon()
         await waiting.done
@@ -168,31 +164,32 @@ class Scheduler:
     def _choose(self, index: int) -> list[tuple[Waiting, Piece]]:
         """Of those at a leg, in the order in which they came; they stay in the queue until they are through."""
         queue = [waiting for waiting in self.waiting[index] if not waiting.done.done()]
-        if queue[0].alone:
+        if queue[0].row.alone:
             return [(queue[0], Piece(queue[0].row, queue[0].row.left))]
         chosen: list[tuple[Waiting, Piece]] = []
         tokens = 0
         for waiting in queue:
             left = waiting.row.left
-            if left <= SHORT_TOKENS and not waiting.alone and tokens + left <= MOST_SHORT_TOKENS:
+            if left <= SHORT_TOKENS and not waiting.row.alone and tokens + left <= MOST_SHORT_TOKENS:
                 chosen.append((waiting, Piece(waiting.row, left)))
                 tokens += left
         room = max(LEAST_PIECE_TOKENS, MIXED_TOKENS - tokens) if chosen else PIECE_TOKENS
         for waiting in queue:
             left = waiting.row.left
-            if left > SHORT_TOKENS and not waiting.alone and room > 0:
+            if left > SHORT_TOKENS and not waiting.row.alone and room > 0:
                 chosen.append((waiting, Piece(waiting.row, min(left, room))))
                 room -= min(left, room)
         return chosen
 
     def _linger(self, index: int, chosen: list[tuple[Waiting, Piece]], now: float) -> float:
         """Until when to wait for devices that are due; before `now` if for none."""
-        if chosen[0][0].alone or any(piece.count > SHORT_TOKENS for _, piece in chosen):
+        if chosen[0][0].row.alone or any(piece.count > SHORT_TOKENS for _, piece in chosen):
             return 0.0
-        latest = min(waiting.since for waiting, _ in chosen) + LINGER_SHARE * self.engine.leg_seconds[index]
+        began = max(self._free_since, min(waiting.since for waiting, _ in chosen))
+        latest = began + LINGER_SHARE * self.engine.merge_seconds[index]
         if latest <= now:
             return 0.0
-        longest_overdue = now - LINGER_SHARE * self.engine.leg_seconds[index]
+        longest_overdue = now - LINGER_SHARE * self.engine.merge_seconds[index]
         due = [pace.due for pace in self._away if pace.leg == index]
         return latest if any(each is not None and longest_overdue <= each <= latest for each in due) else 0.0
 
@@ -200,13 +197,11 @@ class Scheduler:
 
     def _start(self, index: int, chosen: list[tuple[Waiting, Piece]]) -> None:
         pieces = [piece for _, piece in chosen]
-        segment = self.engine.legs[index].segment
-        tokens, layers = sum(piece.count for piece in pieces), 1 if segment is None else segment.stop - segment.first
         self.counters.batches += 1
         self.counters.rows += len(pieces)
-        self.counters.tokens += tokens
+        self.counters.tokens += sum(piece.count for piece in pieces)
         self.counters.largest = max(self.counters.largest, len(pieces))
-        self._run(tokens * layers, lambda: self.engine.go(index, pieces), lambda *end: self._deliver(index, chosen, *end))
+        self._run(lambda: self.engine.go(index, pieces), lambda *end: self._deliver(index, chosen, *end))
 
     def _deliver(self, index: int, chosen: list[tuple[Waiting, Piece]], error: Exception | None, seconds: float) -> None:
         now = time.monotonic()
@@ -229,25 +224,30 @@ class Scheduler:
         rows: list[Row] = []
         while self._idle_work:
             row = self._idle_work.popleft()
-            if row.u is not None and row.qkv is None and (not rows or row.leg == rows[0].leg):
+            if row.u is not None and row.qkv is None:
                 rows.append(row)
+                if row.alone or (self._idle_work and (self._idle_work[0].alone or self._idle_work[0].leg != row.leg)):
+                    break
         if rows:
-            self._run(sum(row.count for row in rows), lambda: self.engine.ahead(rows), lambda error, seconds: None)
+            self._run(lambda: self.engine.ahead(rows), lambda error, seconds: None)
 
-    def _run(self, token_layers: int, work: Callable[[], Any], end: Callable[[Exception | None, float], None]) -> None:
-        """Has the engine do `work`, here if it is short, and then calls `end` with the error, if any, and the seconds that it took."""
+    def _run(self, work: Callable[[], Any], end: Callable[[Exception | None, float], None]) -> None:
+        """Has the engine do `work`, and then calls `end` with the error, if any, and the seconds that it took."""
         self._busy = True
-        if token_layers * self.engine.layer_bytes <= INLINE_WEIGHT_BYTES:
-            self._finish(_timed(work), end)
-        else:
-            future = asyncio.get_running_loop().run_in_executor(self.worker, _timed, work)
-            future.add_done_callback(lambda done: self._finish(done.result(), end))
+        loop = asyncio.get_running_loop()
+        self.worker.submit(lambda: loop.call_soon_threadsafe(self._finish, _timed(work), end))
 
     def _finish(self, outcome: tuple[Exception | None, float], end: Callable[[Exception | None, float], None]) -> None:
-        self._busy = False
+        self._busy, self._free_since = False, time.monotonic()
         self.counters.seconds += outcome[1]
         end(*outcome)
         self._kick_soon()
+
+
+def engine_thread() -> ThreadPoolExecutor:
+    """The one thread that computes, however little: a second one would have OpenMP threads of its own, and on as many cores as one set
+    needs both become a fifth slower (docs/load.md)."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="plora-engine")
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Exception | None, float]:

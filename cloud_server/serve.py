@@ -18,8 +18,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from ..artifact.errors import UsageError
+from ..artifact.memory import give_back
 from ..protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE
 from .engine import Engine
+from .scheduler import engine_thread
 from .service import Limits, Service
 
 log = logging.getLogger("plora.cloud")
@@ -70,14 +72,22 @@ class ServerConfig:
             raise UsageError(f"--threads {self.threads}, --grace-seconds {self.grace_seconds}: expected 0 or more, and finite")
 
 
-async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> None:
-    """Serves until SIGTERM or SIGINT; calls `ready(address, engine)` once it listens."""
+def make_engine(config: ServerConfig) -> Engine:
+    """Ready to compute, on this thread: how many others help it is a setting of the thread."""
     if config.threads:
         torch.set_num_threads(config.threads)
     engine = Engine(config.folder, config.kv_bytes, config.context_tokens, config.sessions)
     engine.warm_up()
+    give_back()
+    return engine
+
+
+async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> None:
+    """Serves until SIGTERM or SIGINT; calls `ready(address, engine)` once it listens."""
+    worker = engine_thread()
+    engine = await asyncio.get_running_loop().run_in_executor(worker, make_engine, config)
     gc.freeze()  # the collector need not look through torch and the graph again and again
-    service = Service(engine, config.limits)
+    service = Service(engine, config.limits, worker)
     health = HealthServicer()
     server = grpc.aio.server(
         options=[
@@ -115,3 +125,6 @@ async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> N
     await server.stop(1.0)
     watch.cancel()
     service.close()
+    made = service.scheduler.counters
+    rows = made.rows / max(made.batches, 1)
+    log.info("%d batches of %.1f rows on the average, at most %d; %.1f s", made.batches, rows, made.largest, made.seconds)

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..artifact.errors import RemoteProtocolError
+from ..artifact.memory import give_back
 from ..protocol.events import Greeting, Terms
 from ..protocol.limits import SESSION_BYTES, WINDOW
 from ..protocol.roles import CloudSession
@@ -19,13 +20,17 @@ from ..protocol.states import State
 from .carrier import Carrier, Gone
 from .engine import Engine
 from .room import Quota, Refusal, Room
-from .scheduler import Scheduler
+from .scheduler import Scheduler, engine_thread
 from .session import STOPPING, Session
 
 log = logging.getLogger("plora.cloud")
 
 WATCH_SECONDS = 0.25
 """How often deadlines are looked at. One watch for all connections: a timer per frame would be felt in every exchange."""
+
+TRIM_SECONDS = 2.0
+"""How often the allocator is asked to give freed memory back to the system, if there was work: prompts come in frames of a megabyte, and
+holes of that size would stay."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,16 @@ class Limits:
 
 
 class Service:
-    """Serves sessions on one engine. `stop` refuses new ones, lets running steps finish, and ends the rest."""
+    """Serves sessions on one engine, which computes on `worker`'s thread (`engine_thread`). `stop` refuses new ones, lets running steps
+    finish, and ends the rest."""
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
+    def __init__(self, engine: Engine, limits: Limits, worker: Executor | None = None) -> None:
         self.engine = engine
         self.limits = limits
         self.stopping = False
         self.carriers: set[Carrier] = set()
         self.sessions: dict[bytes, Session] = {}
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plora-engine")
+        self.worker = engine_thread() if worker is None else worker
         self.scheduler = Scheduler(engine, self.worker)
         self.room = Room(engine.pool, limits.quota, limits.lease_seconds, limits.quiet_seconds, self.worker)
 
@@ -69,6 +75,7 @@ class Service:
                     await session.ping(data)
                 else:
                     await carrier.push(data)
+                del data  # a prompt's frame would stay for as long as its device is silent
         except Gone:
             pass
         except asyncio.CancelledError:
@@ -155,9 +162,13 @@ class Service:
 
     async def watch(self) -> None:
         """Ends what is past its time; runs as long as the server."""
+        trimmed_at, trimmed_batches = time.monotonic(), 0
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             now = time.monotonic()
+            if now - trimmed_at > TRIM_SECONDS and self.scheduler.counters.batches > trimmed_batches:
+                trimmed_at, trimmed_batches = now, self.scheduler.counters.batches
+                self.worker.submit(give_back)
             for carrier in list(self.carriers):
                 if carrier.due is not None and now > carrier.due:
                     carrier.late()

@@ -202,6 +202,7 @@ class Session:
             case StepBegun():
                 await self.service.room.grow(self, event.position + len(event.hidden))
                 self.steps[event.step] = engine.begin(self.slot, event.position, event.hidden, event.injection, event.exit_rows)
+                self.steps[event.step].alone = self.alone
                 await self._advance(event.step)
             case InjectionsArrived():
                 engine.inject(self.steps[event.step], event.exchange.index, event.values)
@@ -224,7 +225,7 @@ class Session:
         leg = self.service.engine.legs[row.leg]
         self.computing = True
         try:
-            await self.service.scheduler.go(row, self.pace, self.alone)
+            await self.service.scheduler.go(row, self.pace)
         finally:
             self.computing = False
             self.heard_at = time.monotonic()  # the device could not know more

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..artifact.memory import give_back
 from ..artifact.names import down_name, up_name
 from ..artifact.plan import ExchangePlan, Segment
 from ..artifact.shape import DecoderShape
 from ..models.adapter import Adapter, expansion
 from ..models.formula import target_projection
 from .cloud_graph import FIRST_MASK, CloudGraph, Expansion, Layer, Projection, SegmentGraph, UpProjection
-from .memory import give_back, give_back_pages
+from .memory import give_back_pages
 
 MATRICES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """Targets that read the same input are one matrix, its rows side by side."""
@@ -77,7 +78,7 @@ def build_segment(model: Any, segment: Segment, shape: DecoderShape, adapter: Ad
         projections = {matrix: fuse(*(target_projection(layer, target) for target in targets)) for matrix, targets in MATRICES.items()}
         ups = up_projections(plan, segment, index, adapter, shape, dtype, starts)
         mask = FIRST_MASK + windows.index(shape.windows[index])
-        layers.append(Layer(norms, projections, ups, index - segment.first, mask, len(windows), shape))
+        layers.append(Layer(norms, projections, ups, index - segment.first, mask, len(windows), shape.windows[index], shape))
         model.model.layers[index] = nn.Identity()
         give_back()
     downs = []

@@ -109,12 +109,16 @@ class Layer(nn.Module):
         place: int,
         mask: int,
         windows: int,
+        window: int,
         shape: DecoderShape,
     ) -> None:
         super().__init__()
         self.heads = shape.heads
         self.kv_heads = shape.kv_heads
         self.head_dim = shape.head_dim
+        self.scale = shape.head_dim**-0.5
+        self.wide = projections["qkv"].wide
+        self.window = window
         self.query_width = shape.query_width
         self.kv_width = shape.kv_width
         self.place = place
@@ -191,19 +195,23 @@ class Layer(nn.Module):
         attended: List[Tensor] = []
         start = 0
         for row in range(len(slots)):
-            T = counts[row]
-            # The queries that share a key head stand side by side as [1, kv_heads, groups · T, head_dim]: no key is copied.
-            own = q.narrow(0, start, T).view(T, self.kv_heads, groups, self.head_dim)
-            own = own.permute(1, 2, 0, 3).reshape(1, self.kv_heads, groups * T, self.head_dim)
-            mask = tables[self.mask + row * self.windows]
-            y = F.scaled_dot_product_attention(
-                own,
-                keys.narrow(0, slots[row], 1).narrow(2, 0, lengths[row] + T),
-                values.narrow(0, slots[row], 1).narrow(2, 0, lengths[row] + T),
-                attn_mask=mask if mask.numel() > 0 else None,
-            )
-            y = y.view(self.kv_heads, groups, T, self.head_dim)
-            attended.append(y.permute(2, 0, 1, 3).reshape(T, self.query_width))
+            T, seen = counts[row], lengths[row] + counts[row]
+            own_keys, own_values = keys.select(0, slots[row]).narrow(1, 0, seen), values.select(0, slots[row]).narrow(1, 0, seen)
+            # The queries that share a key head stand side by side as [kv_heads, groups · T, head_dim]: no key is copied.
+            own = q.narrow(0, start, T)
+            if T == 1 and self.wide and (self.window == 0 or seen <= self.window):
+                scores = torch.bmm(own.view(self.kv_heads, groups, self.head_dim) * self.scale, own_keys.transpose(1, 2))
+                attended.append(torch.bmm(scores.softmax(-1), own_values).view(1, self.query_width))
+            else:
+                own = (
+                    own.view(T, self.kv_heads, groups, self.head_dim)
+                    .permute(1, 2, 0, 3)
+                    .reshape(1, self.kv_heads, groups * T, self.head_dim)
+                )
+                mask = tables[self.mask + row * self.windows]
+                y = F.scaled_dot_product_attention(own, own_keys[None], own_values[None], attn_mask=mask if mask.numel() > 0 else None)
+                y = y.view(self.kv_heads, groups, T, self.head_dim)
+                attended.append(y.permute(2, 0, 1, 3).reshape(T, self.query_width))
             start += T
         if start < q.shape[0]:
             attended.append(q.new_zeros([q.shape[0] - start, self.query_width]))

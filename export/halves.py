@@ -15,6 +15,7 @@ import torch
 from ..artifact.errors import PloraError
 from ..artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_files
 from ..artifact.manifest import FORMATS, MANIFEST, VERSIONS, CloudManifest, EdgeManifest, write_json
+from ..artifact.memory import give_back
 from ..artifact.names import CLOUD_GRAPH
 from ..artifact.shape import DecoderShape, check_fits
 from ..models.adapter import Adapter, check_base, check_expansions, check_shapes, expected_basis, read_adapter
@@ -26,7 +27,7 @@ from .cloud_file import write_cloud_graph
 from .config import STAGES, ExportConfig
 from .edge_files import write_edge
 from .export import private_stdout
-from .memory import give_back, give_back_pages
+from .memory import give_back_pages
 from .reference import REFERENCE, record_reference
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

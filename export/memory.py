@@ -24,10 +24,3 @@ def give_back_pages(consumed: Tensor) -> None:
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
     if consumed.is_contiguous() and last > first:
         ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
-
-
-def give_back() -> None:
-    """Has glibc return freed blocks to the system; does nothing elsewhere."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:
-        trim(0)

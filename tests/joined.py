@@ -136,8 +136,7 @@ class EagerEngine(Engine):
         layers = self.contract.plan.cloud_layers
         budget = slots * CONTEXT * base.shape.kv_bytes_per_token("fp32", layers)
         pool = Pool(base.shape, layers, CONTEXT, budget, "fp32", slots)
-        # Layers so small that everything runs on the event loop.
-        self._hold(build_cloud_graph(base.model, base.shape, adapter), pool, torch.float32, 0)
+        self._hold(build_cloud_graph(base.model, base.shape, adapter), pool, torch.float32)
 
 
 # Joined
@@ -198,12 +197,12 @@ class Talk:
     rows: by the names of the report, one row per token, NaN where none came back.
     """
 
-    def __init__(self, edge: Edge, service: Service, dtype: str = "fp32") -> None:
+    def __init__(self, edge: Edge, service: Service, dtype: str = "fp32", alone: bool = False) -> None:
         self.wire, self.plan = Wire(), edge.plan
         contract = edge.contract
 
         def machine() -> DeviceSession:
-            return DeviceSession(contract.plan, contract.shape, contract.hash, uniform(dtype))
+            return DeviceSession(contract.plan, contract.shape, contract.hash, uniform(dtype), alone)
 
         link = Link("this process", Deadlines(), machine, lambda state: None, lambda address, deadlines: self.wire)  # type: ignore[arg-type]
         self.stepper = Stepper(edge, link)

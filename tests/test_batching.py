@@ -68,9 +68,9 @@ def parts(plan: ExchangePlan, folder: Path, seed: int = 0, slots: int = 8) -> Pa
 # Whole sessions, at the same time
 
 
-async def converse(made: Parts, service: Any, acts: list[Act], seed: int) -> Talk:
+async def converse(made: Parts, service: Any, acts: list[Act], seed: int, alone: bool = False) -> Talk:
     random = np.random.default_rng(seed)
-    talk = Talk(made.edge, service)
+    talk = Talk(made.edge, service, alone=alone)
     await talk.stepper.open()
     for act in acts:
         await talk.act(act, random.integers(0, VOCABULARY, act.tokens).tolist())
@@ -126,6 +126,28 @@ def test_sessions_are_in_fact_batched(plan: str, tmp_path: Path) -> None:
     for talk, own in zip(talks, expected, strict=True):
         assert talk.error("exit", own) < TOLERANCE
     assert talks[0].error("exit", expected[1]) > 100 * TOLERANCE  # the control: a neighbour's would be seen
+
+
+def test_who_asks_for_it_is_computed_as_if_there_were_nobody_else(tmp_path: Path) -> None:
+    """Bit for bit, with neighbours and without: what `--deterministic` promises."""
+    made = parts(PLANS["grouped"], tmp_path)
+    acts = [Act(tokens=8, exit_rows=8, keep=1000, interrupted_after=None) for _ in range(6)]
+
+    def beside(neighbours: int) -> tuple[Talk, int]:
+        with service_of(made.engine) as service:
+
+            async def all_of_them() -> list[Talk]:
+                async with asyncio.timeout(BOUND_SECONDS):
+                    others = [converse(made, service, acts, 1 + i) for i in range(neighbours)]
+                    return await asyncio.gather(converse(made, service, acts, 0, alone=True), *others)
+
+            return asyncio.run(all_of_them())[0], service.scheduler.counters.largest
+
+    (by_itself, one), (in_company, most) = beside(0), beside(5)
+    assert (one, most) == (1, 5)  # the others were batched, with each other
+    assert by_itself.ids == in_company.ids
+    for name, rows in by_itself.rows.items():
+        assert (rows == in_company.rows[name]).all(), name
 
 
 # Isolation
@@ -249,14 +271,13 @@ class Fake:
     """An engine that computes nothing and notes what it was asked for: (leg, [(row, tokens)])."""
 
     stages: int = 1
-    layer_bytes: int = 0
-    leg_seconds: list[float] = field(default_factory=list)
+    merge_seconds: list[float] = field(default_factory=list)
     asked: list[tuple[int, list[tuple[str, int]]]] = field(default_factory=list)
     broken: bool = False
 
     def __post_init__(self) -> None:
         self.legs = [SimpleNamespace(segment=SimpleNamespace(first=0, stop=1), exchange=None) for _ in range(self.stages)]
-        self.leg_seconds = self.leg_seconds or [0.0] * self.stages
+        self.merge_seconds = self.merge_seconds or [0.0] * self.stages
 
     def go(self, index: int, pieces: list[Piece]) -> None:
         self.asked.append((index, [(piece.row.name, piece.count) for piece in pieces]))  # type: ignore[attr-defined]
@@ -277,10 +298,13 @@ def row(name: str, tokens: int) -> Row:
 def together(engine: Fake, *rows: Row, alone: tuple[str, ...] = ()) -> None:
     """All ask for the engine in the same moment."""
 
+    for each in rows:
+        each.alone = each.name in alone  # type: ignore[attr-defined]
+
     async def ask() -> None:
         scheduler = Scheduler(engine, ThreadPoolExecutor(1))  # type: ignore[arg-type]
         async with asyncio.timeout(BOUND_SECONDS):
-            await asyncio.gather(*(scheduler.go(each, Pace(), each.name in alone) for each in rows))  # type: ignore[attr-defined]
+            await asyncio.gather(*(scheduler.go(each, Pace()) for each in rows))  # type: ignore[attr-defined]
         assert not scheduler.queued
 
     asyncio.run(ask())
@@ -337,7 +361,7 @@ def test_an_error_ends_those_it_belongs_to_and_no_others() -> None:
 
 
 def test_who_is_cancelled_while_waiting_is_not_computed() -> None:
-    engine = Fake(leg_seconds=[10.0])
+    engine = Fake(merge_seconds=[10.0])
 
     async def ask() -> None:
         scheduler = Scheduler(engine, ThreadPoolExecutor(1))  # type: ignore[arg-type]
@@ -351,9 +375,9 @@ def test_who_is_cancelled_while_waiting_is_not_computed() -> None:
     assert [pieces for _, pieces in engine.asked] == [[("here", 1)]]
 
 
-def lingering(returns_after: float, leg_seconds: float, patience: float) -> list[list[str]]:
+def lingering(returns_after: float, merge_seconds: float, patience: float) -> list[list[str]]:
     """Two devices have stepped together twice; then one asks at once, the other `returns_after` (None: never). The batches since."""
-    engine = Fake(leg_seconds=[leg_seconds])
+    engine = Fake(merge_seconds=[merge_seconds])
 
     async def ask() -> None:
         scheduler = Scheduler(engine, ThreadPoolExecutor(1))  # type: ignore[arg-type]
@@ -378,17 +402,17 @@ def lingering(returns_after: float, leg_seconds: float, patience: float) -> list
 
 
 def test_a_batch_waits_for_a_device_that_is_due() -> None:
-    """A leg of a minute: half of it is far more than the other needs to come back."""
-    assert lingering(returns_after=0.01, leg_seconds=60.0, patience=0.02) == [["first", "second"]]
+    """A minute would be saved: the other needs far less to come back."""
+    assert lingering(returns_after=0.01, merge_seconds=60.0, patience=0.02) == [["first", "second"]]
 
 
 def test_a_batch_does_not_wait_for_one_that_is_far_away() -> None:
-    assert lingering(returns_after=LINGER_SHARE * 60 + 1, leg_seconds=60.0, patience=0.02) == [["first"], ["second"]]
+    assert lingering(returns_after=LINGER_SHARE * 60 + 1, merge_seconds=60.0, patience=0.02) == [["first"], ["second"]]
 
 
 def test_a_batch_does_not_wait_for_longer_than_it_saves() -> None:
-    """One that was due and never came costs half a leg, and is not waited for again."""
-    engine = Fake(leg_seconds=[0.02])
+    """One that was due and never came is not waited for again."""
+    engine = Fake(merge_seconds=[0.02])
 
     async def ask() -> None:
         scheduler = Scheduler(engine, ThreadPoolExecutor(1))  # type: ignore[arg-type]
@@ -402,7 +426,7 @@ def test_a_batch_does_not_wait_for_longer_than_it_saves() -> None:
         assert scheduler._linger(0, scheduler_choice(here), before) <= before  # overdue by now
 
     def scheduler_choice(pace: Pace) -> Any:
-        waiting = SimpleNamespace(alone=False, since=asyncio.get_running_loop().time())
+        waiting = SimpleNamespace(row=row("here", 1), since=asyncio.get_running_loop().time())
         return [(waiting, Piece(row("here", 1), 1))]
 
     asyncio.run(ask())
