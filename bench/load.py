@@ -38,16 +38,16 @@ from .scripted import Load
 
 RAW = SCRATCH / "raw.json"
 THREADS = 2
-DEVICES = (1, 2, 4, 8, 16, 32, 64, 96, 128)
+DEVICES = (1, 2, 4, 8, 16, 32, 64, 128)
 RTTS = ("0", "20", "80")
 ONCE = 16
 """Devices over a link of which one number is measured."""
 CEILING_BATCHES = (1, 4, ONCE)
 PROFILE_NAMES = ("wifi", "5g", "lte")
 CONTEXT_TOKENS = LONG_PROMPT_TOKENS + NEW_TOKENS
-WARM_SECONDS, SECONDS = 2.0, 6.0
+WARM_SECONDS, SECONDS = 2.0, 4.0
 QUICK_DEVICES, QUICK_SECONDS = (1, 4, 16), 3.0
-IDLE = (8, 64, 256)
+IDLE = (64, 128, 192, 256)
 IDLE_CONTEXT_TOKENS = 2048
 """The server's default: what a session could grow to may take memory before it does."""
 IDLE_SHARE = 0.5

@@ -44,7 +44,6 @@ class Pool:
         self.token_bytes = shape.kv_bytes_per_token(dtype, layers)
         self.block_tokens = min(BLOCK_TOKENS, context_tokens)
         self.block_bytes = self.block_tokens * self.token_bytes
-        self.budget_bytes = budget_bytes
         self.blocks = budget_bytes // self.block_bytes
         if self.blocks < self.blocks_for(context_tokens):
             raise UsageError(

@@ -42,7 +42,7 @@ def main() -> None:
     metavar="S",
     help="A session that has had nothing to do for so long may be sent away when there is no room; its device refills another one.",
 )
-@click.option("--user-sessions", default=0, metavar="N", help="Sessions of one user at a time. [default: no limit]")
+@click.option("--user-sessions", default=0, metavar="N", help="Sessions of one user, that is, one host, at a time. [default: no limit]")
 @click.option("--user-kv-bytes", default=0, metavar="N", help="KV cache of one user's sessions, in bytes. [default: no limit]")
 @click.option("--grace-seconds", default=10.0, show_default=True, metavar="S", help="Time for running steps after SIGTERM.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object once ready, instead of a line.")

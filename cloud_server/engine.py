@@ -119,11 +119,11 @@ class Engine:
         self.calls = [Calls(each.open, each.ahead, each.forward, each.through) for each in graph.segments.children()]
 
     @torch.inference_mode()
-    def begin(self, slot: int, length: int, hidden: Floats, injection: Floats | None, exit_rows: int = 1) -> Row:
+    def begin(self, slot: int, length: int, hidden: Floats, injection: Floats | None, exit_rows: int = 1, alone: bool = False) -> Row:
         """hidden: [T, H] float32 at position `length` of the session in `slot`, which the pool has room for; injection: [T, I], the
-        entry's; exit_rows: of the exit, wanted."""
+        entry's; exit_rows: of the exit, wanted; alone: in batches of its own."""
         injections = {} if injection is None else {-1: self._tensor(injection)}
-        return Row(slot, length, self._tensor(hidden), injections, exit_rows)
+        return Row(slot, length, self._tensor(hidden), injections, exit_rows, alone)
 
     @torch.inference_mode()
     def inject(self, row: Row, exchange: int, values: Floats) -> None:
@@ -161,7 +161,8 @@ class Engine:
     @torch.inference_mode()
     def ahead(self, rows: list[Row]) -> None:
         """What of their next segment needs no injection, for rows at the same leg that wait for their devices."""
-        segment = self.legs[rows[0].leg].segment
+        (leg,) = {row.leg for row in rows}
+        segment = self.legs[leg].segment
         assert segment is not None  # an exchange opens one
         counts = [row.count for row in rows]
         padding = self._padding(sum(counts))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,8 +12,12 @@ from typing import Protocol
 from ..artifact.errors import RemoteProtocolError
 from .cache import Pool
 
+log = logging.getLogger("plora.cloud")
+
 EVICTION_SECONDS = 2.0
 """For sessions that were told to go to be gone."""
+BUSY_SECONDS = 1.0
+"""After which a session that works may have ended: nobody knows."""
 LEAST_RETRY_MILLIS, MOST_RETRY_MILLIS = 250, 60_000
 
 
@@ -34,8 +38,8 @@ class Refusal(RemoteProtocolError):
 
 
 class Guest(Protocol):
-    """A session, as far as room goes. lost_at: since when it has no connection; quiet_at: since when it waits for its device between
-    steps, None while it works."""
+    """A session, as far as room goes. lost_at: since when it has no connection; quiet_at: since when it waits for its device, None while
+    it works."""
 
     slot: int
     user: str
@@ -59,24 +63,18 @@ class Room:
         self.worker = worker
         self.guests: set[Guest] = set()
         self.evicted = 0
-        self._leaving: set[Guest] = set()
+        self._told: set[Guest] = set()  # to go, and still here
+        self._leaving: set[Guest] = set()  # gone, but for their slots
+        self._wanted = [0, 0]  # blocks and slots, by those who wait for room
         self._freed = asyncio.Event()
 
     async def admit(self, user: str) -> int:
-        """A slot for a new session of `user`; whoever gets it is then a guest (`enter`). Raises Refusal."""
-        own = [guest for guest in self.guests if guest.user == user]
-        if self.quota.sessions and len(own) >= self.quota.sessions:
-            lost = [guest for guest in own if guest.lost_at is not None]
-            if not lost:
-                raise Refusal(
-                    f"{len(own)} sessions of this user are open, the most that are allowed; close one, or try again",
-                    "QUOTA",
-                    self._retry_millis(own),
-                )
-            min(lost, key=lambda guest: guest.lost_at or 0.0).end("EXPIRED", "its user has begun another one; begin a new session")
-        self._check_share(user, self.pool.block_bytes)
-        if (slot := self.pool.take()) is None:
-            await self._make_room(1, None)
+        """A slot for a new session of `user`; whoever gets it is then a guest (`enter`, at once). Raises Refusal."""
+        self._check_quota(user, 1, None)
+        slot = self.pool.take()
+        if slot is None:
+            await self._make_room(1, 1, None)
+            self._check_quota(user, 1, None)  # others may have come in meanwhile
             slot = self.pool.take()
         if slot is None:
             pool = self.pool
@@ -84,7 +82,7 @@ class Room:
                 f"{pool.slots - pool.free_slots} of {pool.slots} sessions hold {pool.held_bytes:,} of "
                 f"{pool.blocks * pool.block_bytes:,} bytes of KV cache; try again",
                 "FULL",
-                self._retry_millis(self.guests),
+                self._retry_millis(None),
             )
         return slot
 
@@ -94,82 +92,120 @@ class Room:
     async def grow(self, guest: Guest, tokens: int) -> None:
         """Room for the first `tokens` tokens of the guest's session, before they are computed. Raises Refusal."""
         pool = self.pool
-        blocks = pool.blocks_for(tokens) - pool.bytes_of(guest.slot) // pool.block_bytes
+        blocks = pool.blocks_for(tokens) - self._blocks(guest)
         if blocks <= 0:
             return
-        self._check_share(guest.user, blocks * pool.block_bytes)
+        self._check_quota(guest.user, blocks, guest)
         if not pool.reserve(guest.slot, tokens):
-            await self._make_room(blocks, guest)
+            await self._make_room(blocks, 0, guest)
+            self._check_quota(guest.user, blocks, guest)
             if not pool.reserve(guest.slot, tokens):
                 raise Refusal(
                     f"{tokens} tokens need {blocks * pool.block_bytes:,} more bytes of KV cache, "
                     f"{pool.free_blocks * pool.block_bytes:,} of {pool.blocks * pool.block_bytes:,} are free; try again",
                     "FULL",
-                    self._retry_millis(each for each in self.guests if each is not guest),
+                    self._retry_millis(guest),
                 )
 
     def leave(self, guest: Guest) -> None:
         """Its slot is cleared on the engine's thread, behind whatever batch it is still in, and then free."""
         self.guests.discard(guest)
+        self._told.discard(guest)
         self._leaving.add(guest)
         cleared = asyncio.get_running_loop().run_in_executor(self.worker, self.pool.clear, guest.slot)
-        cleared.add_done_callback(lambda _: self._left(guest))
+        cleared.add_done_callback(lambda done: self._left(guest, done))
 
-    def _left(self, guest: Guest) -> None:
+    def _left(self, guest: Guest, cleared: asyncio.Future[None]) -> None:
         self._leaving.discard(guest)
-        self.pool.free(guest.slot)
+        if cleared.cancelled() or cleared.exception() is not None:
+            log.error("a slot could not be cleared, and is not used again: %s", None if cleared.cancelled() else cleared.exception())
+        else:
+            self.pool.free(guest.slot)
         self._freed.set()
 
-    def _check_share(self, user: str, more_bytes: int) -> None:
-        if self.quota.kv_bytes:
-            held = sum(self.pool.bytes_of(guest.slot) for guest in self.guests if guest.user == user)
-            if held + more_bytes > self.quota.kv_bytes:
-                raise Refusal(
-                    f"this user's sessions hold {held:,} bytes of KV cache and need {more_bytes:,} more, "
-                    f"{self.quota.kv_bytes:,} are allowed; close one",
-                    "QUOTA",
-                    self._retry_millis(guest for guest in self.guests if guest.user == user),
-                )
+    def _send_away(self, guest: Guest, why: str) -> None:
+        self._told.add(guest)
+        self.evicted += 1
+        guest.end("EXPIRED", f"{why}; begin a new session")
 
-    async def _make_room(self, blocks: int, asking: Guest | None) -> None:
-        """Sends away who can be spared until `blocks` blocks and a slot are free, and waits for them to be gone."""
-        leaving = {guest: self.pool.bytes_of(guest.slot) // self.pool.block_bytes for guest in self._leaving}
-        for guest in self._spare(asking):
-            if self.pool.free_blocks + sum(leaving.values()) >= blocks and (self.pool.free_slots or leaving or asking is not None):
-                break
-            leaving[guest] = self.pool.bytes_of(guest.slot) // self.pool.block_bytes
-            self.evicted += 1
-            guest.end("EXPIRED", "sent away for others: no room is left, and it had nothing to do; begin a new session")
-        if not leaving:
+    def _blocks(self, guest: Guest) -> int:
+        return self.pool.bytes_of(guest.slot) // self.pool.block_bytes
+
+    # Quotas
+
+    def _check_quota(self, user: str, blocks: int, growing: Guest | None) -> None:
+        """Whether the user may have so many more blocks, or else another session. Sessions of theirs that have no connection make way, the
+        longest gone first, if that is enough: a phone that lost its session begins another one in its place."""
+        if not (self.quota.sessions or self.quota.kv_bytes):
             return
+        own = {guest for guest in self.guests - self._told if guest.user == user}
+        lost = self._lost(own - {growing} if growing is not None else own)
+        going: list[Guest] = []
+        while reason := self._over(own, blocks, growing):
+            if not lost:
+                raise Refusal(f"{reason}; close one, or try again", "QUOTA", MOST_RETRY_MILLIS)
+            going.append(lost.pop(0))
+            own.discard(going[-1])
+        for guest in going:
+            self._send_away(guest, "its user has begun another one")
+
+    def _over(self, own: set[Guest], blocks: int, growing: Guest | None) -> str:
+        """What would be too much; nothing if it would not."""
+        if growing is None and self.quota.sessions and len(own) >= self.quota.sessions:
+            return f"{len(own)} sessions of this user are open, the most that are allowed"
+        held, more = sum(self.pool.bytes_of(guest.slot) for guest in own), blocks * self.pool.block_bytes
+        if self.quota.kv_bytes and held + more > self.quota.kv_bytes:
+            return f"this user's sessions hold {held:,} bytes of KV cache and need {more:,} more, {self.quota.kv_bytes:,} are allowed"
+        return ""
+
+    # Making room
+
+    async def _make_room(self, blocks: int, slots: int, asking: Guest | None) -> None:
+        """Sends away who can be spared until so much is free, and waits for them to be gone; nobody if that would be in vain."""
+        pool = self.pool
+        self._wanted = [self._wanted[0] + blocks, self._wanted[1] + slots]
         try:
             async with asyncio.timeout(EVICTION_SECONDS):
-                while self.pool.free_blocks < blocks or (asking is None and not self.pool.free_slots):
-                    if not any(guest in self.guests or guest in self._leaving for guest in leaving):
+                while pool.free_blocks < blocks or pool.free_slots < slots:
+                    going = self._leaving | self._told
+                    coming = [pool.free_blocks + sum(map(self._blocks, going)), pool.free_slots + len(going)]
+                    spare = self._spare(asking)
+                    if coming[0] + sum(map(self._blocks, spare)) < blocks or coming[1] + len(spare) < slots:
                         return
+                    while spare and (coming[0] < self._wanted[0] or coming[1] < self._wanted[1]):
+                        coming = [coming[0] + self._blocks(spare[0]), coming[1] + 1]
+                        self._send_away(spare.pop(0), "sent away for others, since no room is left and it had nothing to do")
                     self._freed.clear()
                     await self._freed.wait()
         except TimeoutError:
             pass
+        finally:
+            self._wanted = [self._wanted[0] - blocks, self._wanted[1] - slots]
+
+    @staticmethod
+    def _lost(guests: set[Guest]) -> list[Guest]:
+        """Those without a connection, the longest gone first."""
+        return sorted((guest for guest in guests if guest.lost_at is not None), key=lambda guest: guest.lost_at or 0.0)
 
     def _spare(self, asking: Guest | None) -> list[Guest]:
-        """Those without a connection, the longest gone first; then those that have waited for their devices for long."""
+        """Those without a connection; then those that have waited for their devices for long, the longest wait first."""
+        others = {guest for guest in self.guests - self._told if guest is not asking}
         now = time.monotonic()
-        others = [guest for guest in self.guests if guest is not asking]
-        lost = sorted((guest for guest in others if guest.lost_at is not None), key=lambda guest: guest.lost_at or 0.0)
-        quiet = [guest for guest in others if guest.lost_at is None and guest.quiet_at is not None]
-        quiet = [guest for guest in quiet if now - (guest.quiet_at or now) > self.quiet_seconds]
-        return lost + sorted(quiet, key=lambda guest: guest.quiet_at or 0.0)
+        quiet = [(guest.quiet_at, guest) for guest in others if guest.lost_at is None and guest.quiet_at is not None]
+        quiet = [(since, guest) for since, guest in quiet if now - since > self.quiet_seconds]
+        return self._lost(others) + [guest for _, guest in sorted(quiet, key=lambda each: each[0])]
 
-    def _retry_millis(self, guests: Iterable[Guest]) -> int:
-        """Until the first of them goes, or may be sent away."""
+    def _retry_millis(self, asking: Guest | None) -> int:
+        """Until the first of the others goes, or may be sent away."""
         now = time.monotonic()
         waits = [MOST_RETRY_MILLIS / 1000]
-        for guest in guests:
+        for guest in self.guests:
+            if guest is asking:
+                continue
             if guest.lost_at is not None:
                 waits.append(guest.lost_at + self.lease_seconds - now)
             elif guest.quiet_at is not None:
                 waits.append(guest.quiet_at + self.quiet_seconds - now)
-        busy = any(guest.lost_at is None and guest.quiet_at is None for guest in self.guests)
-        wait = min([*waits, 1.0] if busy else waits)
-        return min(max(int(wait * 1000), LEAST_RETRY_MILLIS), MOST_RETRY_MILLIS)
+            else:
+                waits.append(BUSY_SECONDS)
+        return min(max(int(min(waits) * 1000), LEAST_RETRY_MILLIS), MOST_RETRY_MILLIS)

@@ -32,9 +32,8 @@ MIXED_TOKENS = 64
 LEAST_PIECE_TOKENS = 16
 """Of a prompt beside decoding rows, however many these are: it is never kept waiting for ever."""
 
-LINGER_SHARE = 0.8
-"""Of what two batches take more than one (`Engine.merge_seconds`): so long a batch waits for devices that are expected back. Waiting costs
-the engine that time, not waiting costs it a second batch."""
+MOST_AWAY_SECONDS = 1.0
+"""Of a turnaround that tells of the next: whoever was away for longer was waiting for a person."""
 
 SMOOTHING = 0.25
 """Weight of the last turnaround in what is expected of the next."""
@@ -53,8 +52,8 @@ class Pace:
         self.leg, self.left_at = leg, now
 
     def come_back(self, leg: int, now: float) -> None:
-        if self.left_at is not None and leg == self.leg:
-            before, last = self.expected.get(leg), now - self.left_at
+        if self.left_at is not None and leg == self.leg and (last := now - self.left_at) <= MOST_AWAY_SECONDS:
+            before = self.expected.get(leg)
             self.expected[leg] = last if before is None else before + SMOOTHING * (last - before)
         self.left_at = None
 
@@ -94,9 +93,11 @@ class Scheduler:
         self.counters = Counters()
         self.waiting: list[deque[Waiting]] = [deque() for _ in engine.legs]
         self._away: set[Pace] = set()
-        self._idle_work: deque[Row] = deque()
+        self._idle_work: dict[Row, Pace] = {}
         self._busy = False
         self._free_since = 0.0
+        self._last_seconds = [0.0] * len(engine.legs)
+        self._lingering: dict[int, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._kicked = False
 
@@ -106,24 +107,22 @@ class Scheduler:
         now = time.monotonic()
         pace.come_back(row.leg, now)
         self._away.discard(pace)
+        self._idle_work.pop(row, None)
         waiting = Waiting(row, pace, now, asyncio.get_running_loop().create_future())
         self.waiting[row.leg].append(waiting)
         self._kick_soon()
         await waiting.done
 
-    def meanwhile(self, row: Row) -> None:
+    def meanwhile(self, row: Row, pace: Pace) -> None:
         """The row's device is on its way: what of its next leg needs no injection may be done now, if there is nothing better to do."""
-        self._idle_work.append(row)
+        self._idle_work[row] = pace
         self._kick_soon()
 
     def forget(self, pace: Pace) -> None:
-        """It will not come back."""
+        """It will not come back, or not with a row that it left."""
         self._away.discard(pace)
         pace.left_at = None
-
-    @property
-    def queued(self) -> int:
-        return sum(map(len, self.waiting))
+        self._idle_work = {row: own for row, own in self._idle_work.items() if own is not pace}
 
     def _kick_soon(self) -> None:
         """After those who have something to send or to queue: they come first in the event loop."""
@@ -138,34 +137,38 @@ class Scheduler:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        index = self._next_leg()
-        if index is None:
-            self._work_ahead()
-            return
-        chosen = self._choose(index)
         now = time.monotonic()
-        if (until := self._linger(index, chosen, now)) > now:
-            self._timer = asyncio.get_running_loop().call_later(until - now, self._kick)
-            return
-        self._start(index, chosen)
+        later: list[float] = []
+        for index in self._legs_by_age():
+            chosen = self._choose(index)
+            until = self._linger(index, chosen, now)
+            if until <= now:
+                self._start(index, chosen)
+                return
+            later.append(until)
+        if later:
+            self._timer = asyncio.get_running_loop().call_later(min(later) - now, self._kick)
+        self._work_ahead()
 
     # Which
 
-    def _next_leg(self) -> int | None:
-        """Where somebody has waited longest."""
-        oldest: int | None = None
+    def _legs_by_age(self) -> list[int]:
+        """Where somebody waits, the longest wait first."""
+        oldest: dict[int, float] = {}
         for index, queue in enumerate(self.waiting):
-            while queue and queue[0].done.done():  # its session is over
-                queue.popleft()
-            if queue and (oldest is None or queue[0].since < self.waiting[oldest][0].since):
-                oldest = index
-        return oldest
+            if any(waiting.done.done() for waiting in queue):  # their sessions are over
+                queue = self.waiting[index] = deque(waiting for waiting in queue if not waiting.done.done())
+            if queue:
+                oldest[index] = min(waiting.since for waiting in queue)
+        return sorted(oldest, key=oldest.__getitem__)
 
     def _choose(self, index: int) -> list[tuple[Waiting, Piece]]:
         """Of those at a leg, in the order in which they came; they stay in the queue until they are through."""
-        queue = [waiting for waiting in self.waiting[index] if not waiting.done.done()]
+        queue = self.waiting[index]
         if queue[0].row.alone:
-            return [(queue[0], Piece(queue[0].row, queue[0].row.left))]
+            return [(queue[0], Piece(queue[0].row, min(queue[0].row.left, PIECE_TOKENS)))]
+        if self.engine.legs[index].segment is None:  # hardly any work, and none by pieces
+            return [(waiting, Piece(waiting.row, waiting.row.left)) for waiting in queue if not waiting.row.alone]
         chosen: list[tuple[Waiting, Piece]] = []
         tokens = 0
         for waiting in queue:
@@ -182,29 +185,37 @@ class Scheduler:
         return chosen
 
     def _linger(self, index: int, chosen: list[tuple[Waiting, Piece]], now: float) -> float:
-        """Until when to wait for devices that are due; before `now` if for none."""
+        """Until when to wait for devices that are due; before `now` if for none.
+
+        Those that will be back before this batch could be done would have a batch of their own right after it. Waiting for them is worth
+        what two batches take more than one, so all of them must be due within that.
+        """
         if chosen[0][0].row.alone or any(piece.count > SHORT_TOKENS for _, piece in chosen):
             return 0.0
-        began = max(self._free_since, min(waiting.since for waiting, _ in chosen))
-        latest = began + LINGER_SHARE * self.engine.merge_seconds[index]
+        worth = self.engine.merge_seconds[index]
+        began = self._lingering.setdefault(index, max(self._free_since, min(waiting.since for waiting, _ in chosen)))
+        latest = began + worth
         if latest <= now:
             return 0.0
-        longest_overdue = now - LINGER_SHARE * self.engine.merge_seconds[index]
+        done = now + max(self._last_seconds[index], worth)
         due = [pace.due for pace in self._away if pace.leg == index]
-        return latest if any(each is not None and longest_overdue <= each <= latest for each in due) else 0.0
+        next_batch = [each for each in due if each is not None and now - worth <= each <= done]
+        return latest if next_batch and max(next_batch) <= latest else 0.0
 
     # Work
 
     def _start(self, index: int, chosen: list[tuple[Waiting, Piece]]) -> None:
         pieces = [piece for _, piece in chosen]
+        self._lingering.pop(index, None)
         self.counters.batches += 1
         self.counters.rows += len(pieces)
         self.counters.tokens += sum(piece.count for piece in pieces)
         self.counters.largest = max(self.counters.largest, len(pieces))
         self._run(lambda: self.engine.go(index, pieces), lambda *end: self._deliver(index, chosen, *end))
 
-    def _deliver(self, index: int, chosen: list[tuple[Waiting, Piece]], error: Exception | None, seconds: float) -> None:
+    def _deliver(self, index: int, chosen: list[tuple[Waiting, Piece]], error: BaseException | None, seconds: float) -> None:
         now = time.monotonic()
+        self._last_seconds[index] = seconds
         through = set()
         for waiting, _ in chosen:
             waiting.row.seconds += seconds
@@ -215,33 +226,36 @@ class Scheduler:
                 through.add(waiting)
             elif waiting.row.leg != index:
                 waiting.pace.leave(waiting.row.leg % len(self.waiting), now)
-                self._away.add(waiting.pace)
+                if not waiting.row.alone:
+                    self._away.add(waiting.pace)
                 waiting.done.set_result(None)
                 through.add(waiting)
+            else:
+                waiting.since = now  # who waits elsewhere may be first
         self.waiting[index] = deque(waiting for waiting in self.waiting[index] if waiting not in through)
 
     def _work_ahead(self) -> None:
-        rows: list[Row] = []
-        while self._idle_work:
-            row = self._idle_work.popleft()
-            if row.u is not None and row.qkv is None:
-                rows.append(row)
-                if row.alone or (self._idle_work and (self._idle_work[0].alone or self._idle_work[0].leg != row.leg)):
-                    break
-        if rows:
-            self._run(lambda: self.engine.ahead(rows), lambda error, seconds: None)
+        first = next(iter(self._idle_work), None)
+        if first is None:
+            return
+        together = [row for row in self._idle_work if row.leg == first.leg and not (row.alone or first.alone)] or [first]
+        for row in together:
+            del self._idle_work[row]
+        self._run(lambda: self.engine.ahead(together), lambda error, seconds: None)
 
-    def _run(self, work: Callable[[], Any], end: Callable[[Exception | None, float], None]) -> None:
+    def _run(self, work: Callable[[], Any], end: Callable[[BaseException | None, float], None]) -> None:
         """Has the engine do `work`, and then calls `end` with the error, if any, and the seconds that it took."""
         self._busy = True
         loop = asyncio.get_running_loop()
         self.worker.submit(lambda: loop.call_soon_threadsafe(self._finish, _timed(work), end))
 
-    def _finish(self, outcome: tuple[Exception | None, float], end: Callable[[Exception | None, float], None]) -> None:
+    def _finish(self, outcome: tuple[BaseException | None, float], end: Callable[[BaseException | None, float], None]) -> None:
         self._busy, self._free_since = False, time.monotonic()
         self.counters.seconds += outcome[1]
-        end(*outcome)
-        self._kick_soon()
+        try:
+            end(*outcome)
+        finally:
+            self._kick_soon()
 
 
 def engine_thread() -> ThreadPoolExecutor:
@@ -250,10 +264,10 @@ def engine_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="plora-engine")
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Exception | None, float]:
+def _timed(work: Callable[[], Any]) -> tuple[BaseException | None, float]:
     began = time.perf_counter()
     try:
         work()
-    except Exception as error:  # of whatever kind: its rows' sessions end by name, and the others go on
+    except BaseException as error:  # of whatever kind: its rows' sessions end by name, and the others go on
         return error, time.perf_counter() - began
     return None, time.perf_counter() - began

@@ -74,6 +74,7 @@ class Service:
                 if is_ping(data):
                     await session.ping(data)
                 else:
+                    session.acted_at = session.heard_at
                     await carrier.push(data)
                 del data  # a prompt's frame would stay for as long as its device is silent
         except Gone:
@@ -130,7 +131,7 @@ class Service:
         session = self.sessions[terms.session] = Session(self, door, slot, carrier, greeting.alone)
         self.room.enter(session)
         try:
-            await carrier.write(welcome, self.limits.write_seconds)
+            await session.greet(carrier, welcome)
         except BaseException:
             session.end("INTERNAL", "the welcome was not taken")  # nobody knows its id
             raise
@@ -175,7 +176,7 @@ class Service:
             for session in list(self.sessions.values()):
                 if session.lost_at is not None and now - session.lost_at > self.limits.lease_seconds:
                     session.end("EXPIRED", f"no connection for {self.limits.lease_seconds:g} s, its lease; begin a new session")
-                elif not session.computing and now - session.heard_at > self.limits.idle_seconds:
+                elif not session.computing and now - session.idle_since > self.limits.idle_seconds:
                     what = f"no frame for {self.limits.idle_seconds:g} s, the most that is allowed here; begin a new session"
                     session.end("EXPIRED", what)
 

@@ -38,7 +38,7 @@ class Session:
         self.steps: dict[int, Row] = {}
         self.carrier: Carrier | None = carrier
         self.lost_at: float | None = None
-        self.heard_at = time.monotonic()
+        self.heard_at = self.acted_at = time.monotonic()  # any frame, and any but a ping
         self.computing = False
         self._writing = asyncio.Lock()
         self._waiter: asyncio.Future[None] | None = None
@@ -52,10 +52,20 @@ class Session:
 
     @property
     def quiet_at(self) -> float | None:
-        """Since when it waits for its device between steps; None while it works."""
-        return self.heard_at if self.machine.state is State.READY and not self.computing else None
+        """Since when it waits for its device; None while it works."""
+        return None if self.computing or (self.carrier is not None and self.carrier.inbox) else self.acted_at
+
+    @property
+    def idle_since(self) -> float:
+        """Pings keep a session between steps, but not one that owes us an answer."""
+        return self.heard_at if self.machine.state is State.READY else self.acted_at
 
     # Connections
+
+    async def greet(self, carrier: Carrier, welcome: bytes) -> None:
+        """The first frame of all. Raises Gone."""
+        async with self._writing:  # a server that stops in this moment has something to say, too
+            await carrier.write(welcome, self.service.limits.write_seconds)
 
     async def take_up(self, carrier: Carrier, greeting: Greeting) -> None:
         """Goes on over another connection: what the device lacks is sent again. Raises RemoteProtocolError, and then nothing changed."""
@@ -68,7 +78,8 @@ class Session:
             self._leave()  # one that came in between
             if not self.machine.live:
                 raise RemoteProtocolError("no such session; begin a new one", "EXPIRED")
-            self.heard_at, self.lost_at = time.monotonic(), None
+            self.heard_at = self.acted_at = time.monotonic()
+            self.lost_at = None
             self.carrier = carrier
             try:
                 await carrier.write(welcome, self.service.limits.write_seconds)
@@ -175,8 +186,9 @@ class Session:
 
     def end(self, code: str, detail: str) -> None:
         """Ends the session from outside, by name; a step that runs is not waited for."""
-        self._ending = (code, detail)
-        self.task.cancel()
+        if self._ending is None:
+            self._ending = (code, detail)
+            asyncio.get_running_loop().call_soon(self.task.cancel)  # behind its first step: it has to release what it holds
 
     def nudge(self) -> None:
         """The server stops: a session that waits for its device between steps ends now."""
@@ -200,14 +212,16 @@ class Session:
         engine = self.service.engine
         match event:
             case StepBegun():
+                self.computing = True  # or at least about to
                 await self.service.room.grow(self, event.position + len(event.hidden))
-                self.steps[event.step] = engine.begin(self.slot, event.position, event.hidden, event.injection, event.exit_rows)
-                self.steps[event.step].alone = self.alone
+                row = engine.begin(self.slot, event.position, event.hidden, event.injection, event.exit_rows, self.alone)
+                self.steps[event.step] = row
                 await self._advance(event.step)
             case InjectionsArrived():
                 engine.inject(self.steps[event.step], event.exchange.index, event.values)
                 await self._advance(event.step)
             case CancelAsked():
+                self.service.scheduler.forget(self.pace)
                 self.steps = {number: row for number, row in self.steps.items() if number < event.step}
                 await self._write(self.machine.cancelled())
             case CloseAsked():
@@ -228,11 +242,11 @@ class Session:
             await self.service.scheduler.go(row, self.pace)
         finally:
             self.computing = False
-            self.heard_at = time.monotonic()  # the device could not know more
+            self.heard_at = self.acted_at = time.monotonic()  # the device could not know more
         assert row.result is not None  # it went the whole leg
         if leg.exchange is not None:
             await self._write(self.machine.compressed(row.result, number))
-            self.service.scheduler.meanwhile(row)
+            self.service.scheduler.meanwhile(row, self.pace)
         else:
             del self.steps[number]
             await self._write(self.machine.exit(row.result, int(row.seconds * 1e6)))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from ..artifact.errors import RemoteProtocolError, ServerFull, ServerStopping, SessionExpired, Unreachable
+from ..artifact.errors import QuotaReached, RemoteProtocolError, ServerFull, ServerStopping, SessionExpired, Unreachable
 from ..protocol.events import Event, Opened, PongArrived, Terms
 from ..protocol.roles import DeviceSession
 from .pace import BEAT_SECONDS, QUIET_SECONDS, RoundTrip, pause_seconds
@@ -268,7 +268,7 @@ class Link:
                     return await greet(transport, GREETING_SECONDS + self.round_trip.patience_seconds(0, unanswered))
                 except (Unreachable, TimeoutError):
                     unanswered += 1
-                except (ServerFull, ServerStopping) as refusal:
+                except (ServerFull, ServerStopping, QuotaReached) as refusal:
                     why = str(refusal)
                     await asyncio.sleep(self._pause_seconds(began) + refusal.retry_after_millis / 4000)
                 except BaseException:

@@ -22,7 +22,6 @@ from plora.artifact import ExchangePlan, entry_plan, grouped_plan, paper_plan
 from plora.cloud_server.engine import Engine, Piece, Row
 from plora.cloud_server.scheduler import (
     LEAST_PIECE_TOKENS,
-    LINGER_SHARE,
     MIXED_TOKENS,
     MOST_SHORT_TOKENS,
     PIECE_TOKENS,
@@ -258,7 +257,8 @@ def test_a_thousand_personas_leave_nothing_behind(tmp_path: Path) -> None:
         assert not service.sessions
         assert not service.room.guests
         assert not service.scheduler._away
-        assert not service.scheduler.queued
+        assert not any(service.scheduler.waiting)
+        assert not service.scheduler._idle_work
     assert made.engine.pool.free_blocks == made.engine.pool.blocks
     assert alive[1] - alive[0] < 200  # not one object per persona
 
@@ -305,7 +305,7 @@ def together(engine: Fake, *rows: Row, alone: tuple[str, ...] = ()) -> None:
         scheduler = Scheduler(engine, ThreadPoolExecutor(1))  # type: ignore[arg-type]
         async with asyncio.timeout(BOUND_SECONDS):
             await asyncio.gather(*(scheduler.go(each, Pace()) for each in rows))  # type: ignore[attr-defined]
-        assert not scheduler.queued
+        assert not any(scheduler.waiting)
 
     asyncio.run(ask())
 
@@ -343,6 +343,49 @@ def test_the_leg_where_somebody_waits_longest_comes_first() -> None:
     assert [index for index, _ in engine.asked] == [2, 0]
 
 
+def test_what_is_done_ahead_is_of_one_leg_and_once() -> None:
+    """Devices that come back at any time: no row twice, none of another leg or of one who wants to be alone, and none is kept."""
+    engine = Fake(stages=4)
+    asked: list[list[Row]] = []
+    random = np.random.default_rng(0)
+
+    async def device(scheduler: Scheduler, number: int) -> None:
+        pace = Pace()
+        for _ in range(20):
+            each = row(str(number), 1)
+            each.alone = number == 0
+            for leg in range(4):
+                await scheduler.go(each, pace)
+                if leg < 3:
+                    scheduler.meanwhile(each, pace)
+                for _ in range(int(random.integers(0, 4))):
+                    await asyncio.sleep(0)
+        scheduler.forget(pace)
+
+    async def all_of_them() -> None:
+        scheduler = Scheduler(engine, ThreadPoolExecutor(1))  # type: ignore[arg-type]
+        async with asyncio.timeout(BOUND_SECONDS):
+            await asyncio.gather(*(device(scheduler, number) for number in range(6)))
+        assert not scheduler._idle_work
+
+    legs_seen: list[set[int]] = []
+    engine.ahead = lambda rows: (asked.append(list(rows)), legs_seen.append({each.leg for each in rows}))  # type: ignore[attr-defined]
+    asyncio.run(all_of_them())
+    assert asked
+    assert all(len(legs) == 1 for legs in legs_seen)
+    for rows in asked:
+        assert len(rows) == len(set(map(id, rows)))
+        assert len(rows) == 1 or not any(each.alone for each in rows)
+
+
+def test_a_long_prompt_lets_other_legs_go_between_its_pieces() -> None:
+    engine = Fake(stages=2)
+    prompt, other = row("prompt", 3 * PIECE_TOKENS), row("other", 1)
+    other.leg = 1
+    together(engine, prompt, other)
+    assert [pieces[0][0] for _, pieces in engine.asked] == ["prompt", "other", "prompt", "prompt"]
+
+
 def test_an_error_ends_those_it_belongs_to_and_no_others() -> None:
     engine = Fake(stages=2)
     victim, neighbour = row("victim", 1), row("neighbour", 1)
@@ -355,7 +398,7 @@ def test_an_error_ends_those_it_belongs_to_and_no_others() -> None:
             await scheduler.go(victim, Pace())
         engine.broken = False
         await scheduler.go(neighbour, Pace())
-        assert not scheduler.queued
+        assert not any(scheduler.waiting)
 
     asyncio.run(ask())
 
@@ -407,7 +450,7 @@ def test_a_batch_waits_for_a_device_that_is_due() -> None:
 
 
 def test_a_batch_does_not_wait_for_one_that_is_far_away() -> None:
-    assert lingering(returns_after=LINGER_SHARE * 60 + 1, merge_seconds=60.0, patience=0.02) == [["first"], ["second"]]
+    assert lingering(returns_after=61, merge_seconds=60.0, patience=0.02) == [["first"], ["second"]]
 
 
 def test_a_batch_does_not_wait_for_longer_than_it_saves() -> None:

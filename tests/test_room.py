@@ -18,7 +18,7 @@ from plora.artifact import DecoderShape
 from plora.artifact.errors import QuotaReached, ServerFull, UsageError
 from plora.artifact.shape import Rope
 from plora.cloud_server.cache import BLOCK_TOKENS, Pool
-from plora.cloud_server.room import EVICTION_SECONDS, Quota, Refusal, Room
+from plora.cloud_server.room import EVICTION_SECONDS, MOST_RETRY_MILLIS, Quota, Refusal, Room
 from plora.device_runtime import open_session
 from plora.models.checkpoint import Base
 from plora.models.formula import merge
@@ -229,7 +229,57 @@ def test_who_does_not_go_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPa
     in_room(script, pool_of(2))
 
 
+def test_a_storm_of_newcomers_finds_all_the_room_that_there_is() -> None:
+    """Four at once, while four sessions have no connection: each makes way for one."""
+
+    async def script(room: Room) -> None:
+        lost = [await come_in(room, lost_at=time.monotonic()) for _ in range(4)]
+        await asyncio.gather(*(come_in(room) for _ in range(4)))
+        assert [guest.ended for guest in lost] == ["EXPIRED"] * 4
+        assert room.evicted == 4
+        assert len(room.guests) == 4
+
+    in_room(script, pool_of(4))
+
+
+def test_nobody_is_sent_away_in_vain() -> None:
+    """A step needs three blocks, those who can be spared have two."""
+
+    async def script(room: Room) -> None:
+        growing = await come_in(room)
+        spare = [await come_in(room, lost_at=time.monotonic()) for _ in range(2)]
+        busy = await come_in(room)
+        assert (await refusal(room.grow(growing, 4 * BLOCK_TOKENS))).code == "FULL"
+        assert not any(guest.ended for guest in (*spare, busy))
+
+    in_room(script, pool_of(4, context=4 * BLOCK_TOKENS))
+
+
 # Quotas
+
+
+def test_a_quota_holds_for_those_who_come_at_once() -> None:
+    async def script(room: Room) -> None:
+        gone = [await come_in(room, f"user {number}") for number in range(4)]
+        for guest in gone:
+            room.leave(guest)  # their slots are being cleared
+        found = await asyncio.gather(*(come_in(room, "me") for _ in range(4)), return_exceptions=True)
+        assert sorted(each.code for each in found if isinstance(each, Refusal)) == ["QUOTA"] * 3
+        assert len(room.guests) == 1
+
+    in_room(script, pool_of(4), Quota(sessions=1))
+
+
+def test_lost_sessions_make_way_within_a_share_of_bytes_too() -> None:
+    async def script(room: Room) -> None:
+        lost, here = await come_in(room, "me", lost_at=time.monotonic()), await come_in(room, "me")
+        await room.grow(here, 2 * BLOCK_TOKENS)
+        assert lost.ended == "EXPIRED"
+        here.lost_at = time.monotonic()
+        assert (await refusal(room.grow(here, 3 * BLOCK_TOKENS))).code == "QUOTA"
+        assert here.ended is None  # it does not make way for itself
+
+    in_room(script, pool_of(8, context=4 * BLOCK_TOKENS), Quota(kv_bytes=2 * BLOCK_BYTES))
 
 
 def test_a_user_has_so_many_sessions_and_others_have_theirs() -> None:
@@ -237,7 +287,7 @@ def test_a_user_has_so_many_sessions_and_others_have_theirs() -> None:
         mine = [await come_in(room, "me", quiet_at=time.monotonic()) for _ in range(2)]
         error = await refusal(room.admit("me"))
         assert (error.code, str(error)[:35]) == ("QUOTA", "2 sessions of this user are open, t")
-        assert 29_000 < error.retry_after_millis <= 30_000
+        assert error.retry_after_millis == MOST_RETRY_MILLIS
         await come_in(room, "you")
         mine[0].lost_at = time.monotonic()  # a phone that has lost its session begins another one in its place
         await come_in(room, "me")

@@ -177,6 +177,31 @@ def test_a_silent_session_expires_and_its_slot_is_free(long: Made, long_merged: 
             pass
 
 
+def test_a_session_that_stalls_half_way_expires_and_the_others_do_not_notice(long: Made, long_merged: Base) -> None:
+    """It has begun a step and never answers the exchange; another one generates meanwhile."""
+    with (
+        cloud(long.out / "cloud", "--context", str(CONTEXT), "--sessions", "2", "--idle-seconds", "1.5") as (address, _),
+        open_session(long.out / "edge", address) as session,
+    ):
+
+        async def stall() -> pb.Fault:
+            async with raw(address) as call:
+                machine = machine_of(long)
+                await call.write(machine.hello())
+                assert isinstance(machine.receive(await call.read()), Opened)
+                await call.write(machine.entry(np.ones((3, machine.shape.hidden), np.float32), 1))
+                assert isinstance(machine.receive(await call.read()), CompressedArrived)
+                return pb.Frame.FromString(await call.read()).fault
+
+        with ThreadPoolExecutor(1) as pool:
+            stalled = pool.submit(asyncio.run, stall())
+            while not stalled.done():
+                assert answer(session, [5, 6, 7], 8) == greedy(long_merged, [5, 6, 7], 8)
+        assert stalled.result().code == pb.EXPIRED
+        with open_session(long.out / "edge", address):  # its room is free
+            pass
+
+
 def test_wrong_halves_are_refused_by_contract(made: Made, served: str, tmp_path: Path) -> None:
     edge = Path(shutil.copytree(made.out / "edge", tmp_path / "edge"))
     manifest = read_manifest(EdgeManifest, edge)
