@@ -42,7 +42,7 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64, 128)
 RTTS = ("0", "20", "80")
 ONCE = 16
 """Devices over a link of which one number is measured."""
-CEILING_BATCHES = (1, 4, ONCE)
+CEILING_BATCHES = (1, ONCE)
 PROFILE_NAMES = ("wifi", "5g", "lte")
 CONTEXT_TOKENS = LONG_PROMPT_TOKENS + NEW_TOKENS
 WARM_SECONDS, SECONDS = 2.0, 4.0
@@ -52,6 +52,8 @@ IDLE_CONTEXT_TOKENS = 2048
 """The server's default: what a session could grow to may take memory before it does."""
 IDLE_SHARE = 0.5
 """Of the memory that is free: sessions that would take more are not opened."""
+PAIRS = 3
+"""Times that the server and the ceilings are measured in turns."""
 SETTLE_SECONDS = 5.0
 """From the last idle session's prompt to reading the server's memory."""
 
@@ -169,6 +171,17 @@ def measure_idle(raw: Raw, plan: str, counts: tuple[int, ...]) -> None:
         load.ask(release={})
 
 
+def measure_pairs(raw: Raw, plan: str, base: str, rounds: int, seconds: float) -> None:
+    """The server with ONCE devices that only decode and the ceilings in turns, since the machine's speed drifts; into raw's `pairs`."""
+    raw.figures["pairs"] = []
+    for _ in range(rounds):
+        measure(raw, [Cell(plan, "0", ONCE, True)], 1, seconds)
+        served = raw.figures["cells"].pop()["tokens_per_second"]  # of another time than the other cells
+        add_ceiling(raw, plan, base)
+        alone = raw.figures["ceiling"][-1]
+        raw.add("pairs", {"served": served, **{kind: alone[kind][str(ONCE)] for kind in ("engine", "model")}})
+
+
 def add_ceiling(raw: Raw, plan: str, base: str) -> None:
     """Tokens per second of batches that only decode, in a process of their own: of the server's engine alone, and of the unsplit model."""
     command = [sys.executable, "-m", "bench.ceiling", EXPORTS / plan, *map(str, CEILING_BATCHES), "--threads", str(THREADS)]
@@ -235,6 +248,7 @@ def report(raw: dict[str, Any]) -> dict[str, Any]:
         part = figures["decode_only" if cell.decode_only else "conversations"]
         part.setdefault(cell.plan, {}).setdefault(cell.link, {})[str(cell.devices)] = summary(rounds)
     figures["idle"] = raw["idle"]
+    figures["pairs"] = raw.get("pairs", [])
     figures["ceiling"] = raw["ceiling"][-1] if raw["ceiling"] else {}
     return {**headline(figures), "rounds": max(len(rounds) for rounds in grouped.values()), "seconds": raw["seconds"], **figures}
 
@@ -254,7 +268,7 @@ def headline(figures: dict[str, Any]) -> dict[str, Any]:
     decoding = {int(count): one["tokens_per_second"] for count, one in figures["decode_only"].get("entry", {}).get("0", {}).items()}
     found["decode_only_16_over_1"] = ratio(decoding.get(ONCE), decoding.get(1))
     for name, kind in (("aggregate_16_over_unsplit_batch_16", "model"), ("aggregate_16_over_engine_batch_16", "engine")):
-        found[name] = ratio(decoding.get(ONCE), figures["ceiling"].get(kind, {}).get(str(ONCE)))  # both decode only
+        found[name] = median([pair["served"] / pair[kind] for pair in figures["pairs"]])
     for link in RTTS[1:]:
         found[f"sessions_hiding_{link}ms"] = interpolated({count: rate / near[count] for count, rate in rates(link).items()}, 0.9)
     found["idle_session_bytes"] = idle_session_bytes(figures["idle"])
@@ -302,15 +316,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="few devices, short windows, one round; docs/results is not written")
     parser.add_argument("--report-only", action="store_true", help=f"from {RAW.name} of the last run")
+    parser.add_argument("--pairs-only", action="store_true", help="the server and the ceilings in turns once more; the rest as it was")
     arguments = parser.parse_args()
-    if not arguments.report_only:
+    if not (arguments.report_only or arguments.pairs_only):
         wanted = cells(arguments.quick)
         base = make_exports(model_path(), list(dict.fromkeys(cell.plan for cell in wanted)))
         seconds = QUICK_SECONDS if arguments.quick else SECONDS
         raw = Raw({"quick": arguments.quick, "seconds": seconds, "cells": [], "idle": [], "ceiling": []})
         measure(raw, wanted, 1 if arguments.quick else arguments.rounds, seconds)
         measure_idle(raw, "entry", IDLE[:2] if arguments.quick else IDLE)
-        add_ceiling(raw, "entry", base)
+        measure_pairs(raw, "entry", base, PAIRS, seconds)
+    if arguments.pairs_only:
+        raw = Raw(json.loads(RAW.read_text(encoding="utf-8")))
+        measure_pairs(raw, "entry", make_exports(model_path(), ["entry"]), PAIRS, SECONDS)
     saved = json.loads(RAW.read_text(encoding="utf-8"))
     figures = report(saved)
     print(table(figures))
