@@ -28,7 +28,7 @@ def plot(figures: dict[str, Any]) -> list[Path]:
         axes.minorticks_off()
         axes.set_xlabel("sessions")
         axes.grid(True, which="both", alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="lower right" if draw is aggregate else "upper left")
         sheet.tight_layout()
         paths.append(RESULTS / f"{name}.svg")
         sheet.savefig(paths[-1], metadata={"Date": None})
