@@ -235,7 +235,8 @@ class Connection:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
         server.setblocking(False)
         try:
-            await asyncio.wait_for(link.loop.sock_connect(server, link.target), CONNECT_SECONDS)
+            async with asyncio.timeout(CONNECT_SECONDS):  # wait_for of 3.11 forgets a cancellation that crosses the connection
+                await link.loop.sock_connect(server, link.target)
         except (OSError, TimeoutError):
             server.close()
             self.reset()
