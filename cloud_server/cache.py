@@ -77,6 +77,9 @@ class Pool:
         """Of all sessions' blocks."""
         return (self.blocks - self.free_blocks) * self.block_bytes
 
+    def blocks_of(self, slot: int) -> int:
+        return self._held[slot]
+
     def bytes_of(self, slot: int) -> int:
         return self._held[slot] * self.block_bytes
 

@@ -241,9 +241,8 @@ class Engine:
             seconds.append(time.perf_counter() - began)
             if leg.exchange is not None:
                 self.ahead(rows)
-                columns = self.plan.exchanges[leg.exchange.index].injection_columns
                 for row in rows:
-                    self.inject(row, leg.exchange.index, np.zeros((row.count, columns), np.float32))
+                    self.inject(row, leg.exchange.index, np.zeros((row.count, leg.exchange.injection_columns), np.float32))
         return seconds
 
     def _tensor(self, values: Floats) -> Tensor:

@@ -92,7 +92,7 @@ class Room:
     async def grow(self, guest: Guest, tokens: int) -> None:
         """Room for the first `tokens` tokens of the guest's session, before they are computed. Raises Refusal."""
         pool = self.pool
-        blocks = pool.blocks_for(tokens) - self._blocks(guest)
+        blocks = pool.blocks_for(tokens) - pool.blocks_of(guest.slot)
         if blocks <= 0:
             return
         self._check_quota(guest.user, blocks, guest)
@@ -127,9 +127,6 @@ class Room:
         self._told.add(guest)
         self.evicted += 1
         guest.end("EXPIRED", f"{why}; begin a new session")
-
-    def _blocks(self, guest: Guest) -> int:
-        return self.pool.bytes_of(guest.slot) // self.pool.block_bytes
 
     # Quotas
 
@@ -168,12 +165,12 @@ class Room:
             async with asyncio.timeout(EVICTION_SECONDS):
                 while pool.free_blocks < blocks or pool.free_slots < slots:
                     going = self._leaving | self._told
-                    coming = [pool.free_blocks + sum(map(self._blocks, going)), pool.free_slots + len(going)]
+                    coming = [pool.free_blocks + sum(pool.blocks_of(guest.slot) for guest in going), pool.free_slots + len(going)]
                     spare = self._spare(asking)
-                    if coming[0] + sum(map(self._blocks, spare)) < blocks or coming[1] + len(spare) < slots:
+                    if coming[0] + sum(pool.blocks_of(guest.slot) for guest in spare) < blocks or coming[1] + len(spare) < slots:
                         return
                     while spare and (coming[0] < self._wanted[0] or coming[1] < self._wanted[1]):
-                        coming = [coming[0] + self._blocks(spare[0]), coming[1] + 1]
+                        coming = [coming[0] + pool.blocks_of(spare[0].slot), coming[1] + 1]
                         self._send_away(spare.pop(0), "sent away for others, since no room is left and it had nothing to do")
                     self._freed.clear()
                     await self._freed.wait()

@@ -79,7 +79,6 @@ class Counters:
 
     batches: int = 0
     rows: int = 0
-    tokens: int = 0
     largest: int = 0
     seconds: float = 0.0
 
@@ -209,7 +208,6 @@ class Scheduler:
         self._lingering.pop(index, None)
         self.counters.batches += 1
         self.counters.rows += len(pieces)
-        self.counters.tokens += sum(piece.count for piece in pieces)
         self.counters.largest = max(self.counters.largest, len(pieces))
         self._run(lambda: self.engine.go(index, pieces), lambda *end: self._deliver(index, chosen, *end))
 

@@ -78,7 +78,7 @@ class Projection(nn.Module):
     """x Wᵀ + b, of one matrix or of several side by side, W [out, in]; x [N, in].
 
     More than one row in fp32 are computed as (W xᵀ)ᵀ, for which MKL has the better kernels: with two threads, 2 or 4 rows take the time of
-    one, 16 that of two, where F.linear takes three (docs/load.md). In 16 bits there is nothing to gain.
+    one, 16 that of two, where F.linear takes 2.3 and 2.4 times as long as for one (docs/load.md). In 16 bits there is nothing to gain.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
