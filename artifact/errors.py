@@ -23,11 +23,13 @@
     │   ├── RefusedDtype               it lacks the wire dtype
     │   ├── RefusedFrame               it says that we broke the protocol
     │   ├── ServerFull
+    │   ├── AccessDenied               no, an unknown or an expired access token
     │   ├── QuotaReached               this user's share of the cloud is used up
     │   ├── ServerStopping
     │   ├── SessionExpired             idle for too long
     │   └── CloudFailed                something broke there
     ├── Unreachable                9   no connection, or it was lost
+    │   └── Untrusted                  something is there that does not show that it is our cloud
     ├── ContextOverflow           10   more tokens than the context holds
     └── (Ctrl-C)                 130
 
@@ -142,6 +144,10 @@ class ServerFull(Refused):
     pass
 
 
+class AccessDenied(Refused):
+    pass
+
+
 class QuotaReached(Refused):
     pass
 
@@ -160,6 +166,10 @@ class CloudFailed(Refused):
 
 class Unreachable(PloraError):
     exit_code = 9
+
+
+class Untrusted(Unreachable):
+    pass
 
 
 class ContextOverflow(PloraError):

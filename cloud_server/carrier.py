@@ -12,29 +12,42 @@ import grpc
 import grpc.aio
 
 from ..protocol.limits import WINDOW
+from .access import User
+from .allowance import Bucket
 
 INBOX_FRAMES = WINDOW + 4
 """Frames read ahead of the engine: those of a full window, and a cancel and a close behind them. A peer that sends more is not read."""
+
+
+FRAMES, FRAMES_SECONDS = 4000, 2.0
+"""That one connection may send at once, and until it may send as many again: thirty exchanges at 60 tokens/s are 2,000 a second."""
 
 
 class Gone(Exception):
     """The peer is no longer there."""
 
 
-def user_of(context: Any) -> str:
-    """Whom a connection's quota counts for: the host that it comes from, for as long as devices have no names of their own."""
-    peer: str = context.peer() if hasattr(context, "peer") else ""
-    return peer.rpartition(":")[0]
+class Intake:
+    """Bytes of all frames that wait for their sessions. Beyond the budget a connection may have one frame waiting, and is not read until
+    it is taken: so every session goes on, and many that send fast take no more memory than this and a frame each."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.held_bytes = 0
 
 
 class Carrier:
-    """user: see user_of; inbox: frames that arrived and wait; next_frame: number of the session's next frame to write; due: until when
-    the peer may take to greet, or to take what is being written."""
+    """inbox: frames that arrived and wait; next_frame: number of the session's next frame to write; due: until when the peer may take to
+    greet, or to take what is being written; frames: that it may send."""
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, user: User, intake: Intake, on_sent: Callable[[int], None] = lambda size: None) -> None:
         self.context = context
-        self.user = user_of(context)
+        self.user = user
+        self.intake = intake
+        self.on_sent = on_sent
+        self.frames = Bucket(FRAMES, FRAMES_SECONDS, time.monotonic())
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
+        self.session: object | None = None
         self.inbox: deque[bytes] = deque()
         self.next_frame = 1
         self.gone = False
@@ -42,6 +55,7 @@ class Carrier:
         self.wake: Callable[[], None] = lambda: None
         self._room = asyncio.Event()
         self._room.set()
+        self._void = False
         self._writer: asyncio.Task[Any] | None = None
 
     async def read(self) -> bytes:
@@ -55,16 +69,34 @@ class Carrier:
         return data
 
     async def push(self, data: bytes) -> None:
-        """Lets a frame wait for the session; waits itself if too many do."""
+        """Lets a frame wait for the session; waits itself if too many do, or too much."""
+        if self._void:
+            return
         self.inbox.append(data)
+        self.intake.held_bytes += len(data)
         self.wake()
-        if len(self.inbox) >= INBOX_FRAMES:
+        while len(self.inbox) >= INBOX_FRAMES or (self.inbox and self.intake.held_bytes > self.intake.budget_bytes):
             self._room.clear()
             await self._room.wait()
 
     def pop(self) -> bytes:
         self._room.set()
-        return self.inbox.popleft()
+        data = self.inbox.popleft()
+        self.intake.held_bytes -= len(data)
+        return data
+
+    def discard(self) -> None:
+        """What waits is for nobody any more, and neither is what may still come."""
+        self._void = True
+        while self.inbox:
+            self.pop()
+
+    async def breathe(self) -> None:
+        """Before the next frame of a peer that sends far more of them than any device would."""
+        now = time.monotonic()
+        if wait := self.frames.wait_seconds(now):
+            await asyncio.sleep(wait)
+        self.frames.take(1, now)
 
     async def write(self, data: bytes, seconds: float) -> None:
         """Raises Gone, also if the peer does not take it within `seconds` (Service.watch looks after that: a timer per frame would be
@@ -74,6 +106,7 @@ class Carrier:
         self.due, self._writer = time.monotonic() + seconds, asyncio.current_task()
         try:
             await self.context.write(data)
+            self.on_sent(len(data))
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
             raise Gone from None
         except asyncio.CancelledError:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Protocol
 
-from ..artifact.errors import RemoteProtocolError
 from .cache import Pool
+from .logs import event
+from .quota import Quota, Refusal
 
 log = logging.getLogger("plora.cloud")
 
@@ -19,22 +20,6 @@ EVICTION_SECONDS = 2.0
 BUSY_SECONDS = 1.0
 """After which a session that works may have ended: nobody knows."""
 LEAST_RETRY_MILLIS, MOST_RETRY_MILLIS = 250, 60_000
-
-
-@dataclass(frozen=True)
-class Quota:
-    """Of one user, 0 for no limit. sessions: open at a time; kv_bytes: of all of them."""
-
-    sessions: int = 0
-    kv_bytes: int = 0
-
-
-class Refusal(RemoteProtocolError):
-    """No room, and when to try again."""
-
-    def __init__(self, message: str, code: str, retry_after_millis: int) -> None:
-        super().__init__(message, code)
-        self.retry_after_millis = retry_after_millis
 
 
 class Guest(Protocol):
@@ -53,11 +38,19 @@ class Guest(Protocol):
 
 class Room:
     """One pool and those who live in it. lease_seconds: after which a session without a connection goes by itself; quiet_seconds: after
-    which one that waits for its device may be sent away for others (it is refilled by its device when that has something to say)."""
+    which one that waits for its device may be sent away for others (it is refilled by its device when that has something to say);
+    quota_of: user -> what they may have; evicted: guests that had to make room."""
 
-    def __init__(self, pool: Pool, quota: Quota, lease_seconds: float, quiet_seconds: float, worker: Executor) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        quota_of: Callable[[str], Quota],
+        lease_seconds: float,
+        quiet_seconds: float,
+        worker: Executor,
+    ) -> None:
         self.pool = pool
-        self.quota = quota
+        self.quota_of = quota_of
         self.lease_seconds = lease_seconds
         self.quiet_seconds = quiet_seconds
         self.worker = worker
@@ -118,7 +111,7 @@ class Room:
     def _left(self, guest: Guest, cleared: asyncio.Future[None]) -> None:
         self._leaving.discard(guest)
         if cleared.cancelled() or cleared.exception() is not None:
-            log.error("a slot could not be cleared, and is not used again: %s", None if cleared.cancelled() else cleared.exception())
+            event(log, logging.ERROR, "a slot could not be cleared, and is not used again", slot=guest.slot)
         else:
             self.pool.free(guest.slot)
         self._freed.set()
@@ -133,12 +126,13 @@ class Room:
     def _check_quota(self, user: str, blocks: int, growing: Guest | None) -> None:
         """Whether the user may have so many more blocks, or else another session. Sessions of theirs that have no connection make way, the
         longest gone first, if that is enough: a phone that lost its session begins another one in its place."""
-        if not (self.quota.sessions or self.quota.kv_bytes):
+        quota = self.quota_of(user)
+        if not (quota.sessions or quota.kv_bytes):
             return
         own = {guest for guest in self.guests - self._told if guest.user == user}
         lost = self._lost(own - {growing} if growing is not None else own)
         going: list[Guest] = []
-        while reason := self._over(own, blocks, growing):
+        while reason := self._over(quota, own, blocks, growing):
             if not lost:
                 raise Refusal(f"{reason}; close one, or try again", "QUOTA", MOST_RETRY_MILLIS)
             going.append(lost.pop(0))
@@ -146,13 +140,13 @@ class Room:
         for guest in going:
             self._send_away(guest, "its user has begun another one")
 
-    def _over(self, own: set[Guest], blocks: int, growing: Guest | None) -> str:
+    def _over(self, quota: Quota, own: set[Guest], blocks: int, growing: Guest | None) -> str:
         """What would be too much; nothing if it would not."""
-        if growing is None and self.quota.sessions and len(own) >= self.quota.sessions:
+        if growing is None and quota.sessions and len(own) >= quota.sessions:
             return f"{len(own)} sessions of this user are open, the most that are allowed"
         held, more = sum(self.pool.bytes_of(guest.slot) for guest in own), blocks * self.pool.block_bytes
-        if self.quota.kv_bytes and held + more > self.quota.kv_bytes:
-            return f"this user's sessions hold {held:,} bytes of KV cache and need {more:,} more, {self.quota.kv_bytes:,} are allowed"
+        if quota.kv_bytes and held + more > quota.kv_bytes:
+            return f"this user's sessions hold {held:,} bytes of KV cache and need {more:,} more, {quota.kv_bytes:,} are allowed"
         return ""
 
     # Making room

@@ -84,11 +84,13 @@ class Counters:
 
 
 class Scheduler:
-    """Drives one engine from one event loop. All of its work is done by `worker`, one batch at a time."""
+    """Drives one engine from one event loop. All of its work is done by `worker`, one batch at a time. on_batch: told of each: rows,
+    seconds."""
 
-    def __init__(self, engine: Engine, worker: Executor) -> None:
+    def __init__(self, engine: Engine, worker: Executor, on_batch: Callable[[int, float], None] = lambda rows, seconds: None) -> None:
         self.engine = engine
         self.worker = worker
+        self.on_batch = on_batch
         self.counters = Counters()
         self.waiting: list[deque[Waiting]] = [deque() for _ in engine.legs]
         self._away: set[Pace] = set()
@@ -214,6 +216,7 @@ class Scheduler:
     def _deliver(self, index: int, chosen: list[tuple[Waiting, Piece]], error: BaseException | None, seconds: float) -> None:
         now = time.monotonic()
         self._last_seconds[index] = seconds
+        self.on_batch(len(chosen), seconds)
         through = set()
         for waiting, _ in chosen:
             waiting.row.seconds += seconds

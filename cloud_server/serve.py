@@ -1,75 +1,46 @@
-"""The server process: artifact in, port out, health, and a graceful end."""
+"""The server process: artifact in, port out, health, metrics, and a graceful end."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
-import math
+import resource
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
 import grpc.aio
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
+from grpc_reflection.v1alpha import reflection
 
 from ..artifact.errors import UsageError
 from ..artifact.memory import give_back
-from ..protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE
+from ..protocol.limits import METHOD, SERVICE, device_frame_bytes
+from .access import Gatekeeper, Guard
+from .config import ServerConfig, host_and_port
 from .engine import Engine
+from .logs import event
+from .metrics import Metrics
+from .ops import Ops
 from .scheduler import engine_thread
-from .service import Limits, Service
+from .service import Service
+from .tls import Credentials
 
 log = logging.getLogger("plora.cloud")
 
-
-MAX_IDLE_SECONDS = (2**32 - 1) // 1000
-"""The handshake tells it in milliseconds, in 32 bits: seven weeks."""
-
-
-MAX_SESSIONS = 65_536
-"""Ports that one host has, and far more than one engine serves."""
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """kv_bytes: budget of the KV pool; context_tokens: of one session, None for the default; sessions: at a time, None for as many as the
-    budget has room for; threads: of each product,
-    0 for torch's own choice; grace_seconds: for running steps when told to stop."""
-
-    folder: Path
-    listen: str = "127.0.0.1:7070"
-    kv_bytes: int = 2 << 30
-    context_tokens: int | None = None
-    sessions: int | None = None
-    threads: int = 0
-    grace_seconds: float = 10.0
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        host, colon, port = self.listen.rpartition(":")
-        if not colon or not host or not port.isdigit() or int(port) > 65535:
-            raise UsageError(f"--listen {self.listen}: expected HOST:PORT, port 0 to 65535 (0 picks a free one)")
-        if self.kv_bytes <= 0:
-            raise UsageError(f"--kv-bytes {self.kv_bytes}: expected more than 0")
-        if self.sessions is not None and not 1 <= self.sessions <= MAX_SESSIONS:
-            raise UsageError(f"--sessions {self.sessions}: expected 1 to {MAX_SESSIONS:,}")
-        if self.limits.quiet_seconds < 0 or not math.isfinite(self.limits.quiet_seconds):
-            raise UsageError(f"--quiet-seconds {self.limits.quiet_seconds}: expected 0 or more, and finite")
-        if self.limits.quota.sessions < 0 or self.limits.quota.kv_bytes < 0:
-            raise UsageError(
-                f"--user-sessions {self.limits.quota.sessions}, --user-kv-bytes {self.limits.quota.kv_bytes}: expected 0 (no limit) or more"
-            )
-        if not 0 < self.limits.idle_seconds <= MAX_IDLE_SECONDS:
-            raise UsageError(f"--idle-seconds {self.limits.idle_seconds}: expected above 0 and at most {MAX_IDLE_SECONDS:,}")
-        if not 0 <= self.limits.lease_seconds <= MAX_IDLE_SECONDS:
-            raise UsageError(f"--lease-seconds {self.limits.lease_seconds}: expected 0 (no lease) to {MAX_IDLE_SECONDS:,}")
-        if self.threads < 0 or not 0 <= self.grace_seconds < math.inf:
-            raise UsageError(f"--threads {self.threads}, --grace-seconds {self.grace_seconds}: expected 0 or more, and finite")
+HANDSHAKE_SECONDS = 10
+"""For a peer to get from a TCP connection through TLS and HTTP/2."""
+IDLE_CONNECTION_SECONDS = 60
+"""For a connection that makes no call: whoever probes health comes again sooner, devices call at once."""
+CALLS_PER_CONNECTION = 16
+"""A device needs one; its attempts to reconnect have connections of their own."""
+MORE_CONNECTIONS = 64
+"""Beyond those that are served: they hear that the server is full, instead of nothing."""
 
 
 def make_engine(config: ServerConfig) -> Engine:
@@ -82,49 +53,98 @@ def make_engine(config: ServerConfig) -> Engine:
     return engine
 
 
-async def serve(config: ServerConfig, ready: Callable[[str, Engine], None]) -> None:
-    """Serves until SIGTERM or SIGINT; calls `ready(address, engine)` once it listens."""
-    worker = engine_thread()
-    engine = await asyncio.get_running_loop().run_in_executor(worker, make_engine, config)
-    gc.freeze()  # the collector need not look through torch and the graph again and again
-    service = Service(engine, config.limits, worker)
-    health = HealthServicer()
+def make_server(config: ServerConfig, service: Service, health: HealthServicer) -> grpc.aio.Server:
+    """With its methods, not listening yet. Every limit that gRPC has for peers who mean no good is set here."""
+    contract = service.engine.contract
     server = grpc.aio.server(
+        interceptors=[Gatekeeper(service.guard, service.on_denied)],
         options=[
-            ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
-            ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+            ("grpc.max_receive_message_length", device_frame_bytes(contract.plan, contract.shape)),
+            ("grpc.max_send_message_length", -1),  # the protocol has its own
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ]
+            ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
+            ("grpc.max_connection_idle_ms", 1000 * IDLE_CONNECTION_SECONDS),
+            ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION),
+            ("grpc.max_allowed_incoming_connections", config.limits.connections + MORE_CONNECTIONS),
+        ],
     )
     # Registered by name, without generated stubs: those would drag grpc into the protocol package.
     handlers = {METHOD: grpc.stream_stream_rpc_method_handler(service.exchange)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+    return server
+
+
+def listen(server: grpc.aio.Server, config: ServerConfig, credentials: Credentials | None) -> str:
+    """The address that it listens at. Raises UsageError."""
+    where = config.door.listen
     try:
-        port = server.add_insecure_port(config.listen)
+        secure = None if credentials is None else credentials.server_credentials()
+        port = server.add_insecure_port(where) if secure is None else server.add_secure_port(where, secure)
     except RuntimeError:
-        raise UsageError(
-            f"--listen {config.listen}: cannot listen there (in use, not an address of this machine, or not allowed)"
-        ) from None
-    stop = asyncio.Event()
+        raise UsageError(f"--listen {where}: cannot listen there (in use, not an address of this machine, or not allowed)") from None
+    return f"{where.rpartition(':')[0]}:{port}"
+
+
+def raise_file_limit() -> None:
+    """As many open files as this process may have: every connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # a container may forbid it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def serve(config: ServerConfig, ready: Callable[[str, str | None, Engine], None]) -> None:
+    """Serves until SIGTERM or SIGINT, a second of which ends it at once; calls `ready(address, ops address, engine)` once it listens."""
+    raise_file_limit()
+    credentials = None if config.door.tls is None else Credentials(config.door.tls)  # before the model: they tell sooner
+    guard = Guard(config.door.tokens, config.limits.quota)
+    metrics = Metrics()
+    worker = engine_thread()
+    engine = await asyncio.get_running_loop().run_in_executor(worker, make_engine, config)
+    gc.freeze()  # the collector need not look through torch and the graph again and again
+    service = Service(engine, config.limits, worker, guard=guard, metrics=metrics)
+    health = HealthServicer()
+    server = make_server(config, service, health)
+    address = listen(server, config, credentials)
+    stop, now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: now.set() if stop.is_set() else stop.set())
+    ops = None
+    if config.door.ops is not None:
+        host, port = host_and_port("--ops", config.door.ops)
+        ops = Ops(host, port, metrics, lambda: service.ready)
     watch = asyncio.create_task(service.watch())
     await server.start()
-    serving = health_pb2.HealthCheckResponse.SERVING
     for name in ("", SERVICE):
-        await health.set(name, serving)
-    ready(f"{config.listen.rpartition(':')[0]}:{port}", engine)
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    service.ready = True
+    ready(address, None if ops is None else f"{config.door.ops.rpartition(':')[0]}:{ops.port}", engine)  # type: ignore[union-attr]
+    event(log, logging.INFO, "ready", listening=address, tls=credentials is not None, tokens=guard.path is not None)
     await stop.wait()
-    log.info("stopping: %d connections", len(service.carriers))
+    service.ready = False
+    event(log, logging.INFO, "stopping", connections=len(service.carriers), sessions=len(service.sessions))
     await health.enter_graceful_shutdown()
-    await service.stop(config.grace_seconds)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(config.drain_seconds):
+            await now.wait()
+    await service.stop(config.grace_seconds, now)
     await server.stop(1.0)
     watch.cancel()
     service.close()
+    if ops is not None:
+        ops.close()
     made = service.scheduler.counters
     rows = made.rows / max(made.batches, 1)
-    log.info("%d batches of %.1f rows on the average, at most %d; %.1f s", made.batches, rows, made.largest, made.seconds)
+    event(
+        log,
+        logging.INFO,
+        "stopped",
+        batches=made.batches,
+        rows_per_batch=round(rows, 2),
+        most_rows=made.largest,
+        engine_seconds=made.seconds,
+    )

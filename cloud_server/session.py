@@ -11,15 +11,20 @@ from ..artifact.errors import NotFinite, PloraError, RemoteProtocolError
 from ..protocol.events import Aborted, CancelAsked, CloseAsked, Event, Greeting, InjectionsArrived, PingArrived, StepBegun, Truncated
 from ..protocol.roles import CloudSession
 from ..protocol.states import State
+from .allowance import Bucket
 from .carrier import Carrier, Gone
 from .engine import Row
-from .room import Refusal
-from .scheduler import Pace
+from .logs import event, session_name
+from .quota import Refusal
+from .scheduler import SHORT_TOKENS, Pace
 
 if TYPE_CHECKING:
     from .service import Service
 
 log = logging.getLogger("plora.cloud")
+
+PONG_BYTES, PONG_SECONDS = 32 << 20, 8.0
+"""Of pongs that one session may have at once, and until it may have as many again: the doctor's probes take a quarter of them."""
 
 STOPPING = "the server is shutting down; connect to another one, or again later"
 
@@ -32,10 +37,16 @@ class Session:
         self.service = service
         self.machine = machine
         self.slot = slot
-        self.user = carrier.user
+        self.owner = carrier.user
+        self.user = carrier.user.name
+        self.name = session_name(machine.terms.session) if machine.terms is not None else ""
+        self.over, self.why = "closed", ""
+        self.tokens = 0
         self.alone = alone
         self.pace = Pace()
         self.steps: dict[int, Row] = {}
+        self._began: dict[int, float] = {}
+        self._pongs = Bucket(PONG_BYTES, PONG_SECONDS, time.monotonic())
         self.carrier: Carrier | None = carrier
         self.lost_at: float | None = None
         self.heard_at = self.acted_at = time.monotonic()  # any frame, and any but a ping
@@ -44,6 +55,7 @@ class Session:
         self._waiter: asyncio.Future[None] | None = None
         self._ending: tuple[str, str] | None = None
         carrier.wake = self._wake
+        carrier.session = self
         self.task = asyncio.create_task(self._run())
 
     @property
@@ -73,7 +85,8 @@ class Session:
         self._leave()  # its frames are void: the device sends again what we have not received
         carrier.next_frame = self.machine.outbox.sent + 1 - len(lacking)
         carrier.wake = self._wake
-        log.info("session taken up again, %d frames sent again", len(lacking))
+        carrier.session = self
+        event(log, logging.INFO, "session taken up again", session=self.name, frames_sent_again=len(lacking))
         async with self._writing:
             self._leave()  # one that came in between
             if not self.machine.live:
@@ -93,17 +106,21 @@ class Session:
         carrier, self.carrier = self.carrier, None
         if carrier is not None:
             carrier.drop()
+            carrier.discard()
             self.lost_at = time.monotonic()
 
     async def ping(self, data: bytes) -> None:
         """Answers at once, whatever the engine does."""
         try:
-            event = self.machine.receive(data)
+            arrived = self.machine.receive(data)
         except RemoteProtocolError as error:
             self.end(error.code, str(error))
             return
-        if isinstance(event, PingArrived):
-            await self._say(event.answer)
+        if isinstance(arrived, PingArrived):
+            if wait := self._pongs.wait_seconds(time.monotonic()):  # a ping of 20 bytes may ask for a megabyte
+                await asyncio.sleep(wait)
+            self._pongs.take(len(arrived.answer), time.monotonic())
+            await self._say(arrived.answer)
 
     async def _say(self, data: bytes) -> None:
         """A frame that belongs to this connection alone."""
@@ -127,7 +144,7 @@ class Session:
                 if not self.leased:
                     raise Gone
                 self.carrier, self.lost_at = None, time.monotonic()
-                log.info("connection lost, the session waits")
+                event(log, logging.INFO, "connection lost, the session waits", session=self.name)
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
             self._waiter = None
@@ -156,38 +173,34 @@ class Session:
         """Until the session is over, whoever ends it. Never raises for what a peer does."""
         try:
             while self.machine.state is not State.OVER:
-                if self.service.stopping and self.machine.state is State.READY:
-                    await self._fault("STOPPING", STOPPING)
-                    break
                 await self._handle(self.machine.receive(await self._receive()))
         except RemoteProtocolError as error:
-            log.info("session refused: %s", error.code)
             await self._fault(error.code, str(error), error.retry_after_millis if isinstance(error, Refusal) else 0)
         except Gone:
-            pass
+            self.over = "lost"
         except asyncio.CancelledError:
             if self._ending is None:
                 raise
-            log.info("session ended: %s", self._ending[1])
             await self._fault(*self._ending)
         except NotFinite as error:
             await self._fault("BAD_TENSOR", f"what the device sent makes values that are not finite: {error}")
         except PloraError as error:
-            log.error("session failed: %s", type(error).__name__)
+            event(log, logging.ERROR, "session failed", session=self.name, error=type(error).__name__)
             await self._fault("INTERNAL", f"{type(error).__name__}: {error}")
         except Exception as error:  # whatever it was, the session ends by name and the others go on
-            log.exception("session failed")
+            log.exception("session failed", extra={"fields": {"session": self.name}})
             await self._fault("INTERNAL", type(error).__name__)
         finally:
             self.service.release(self)
             if self.carrier is not None:
                 self.carrier.end()
+                self.carrier.discard()
                 self.carrier.task.cancel()  # its handler reads no more
 
     def end(self, code: str, detail: str) -> None:
         """Ends the session from outside, by name; a step that runs is not waited for."""
         if self._ending is None:
-            self._ending = (code, detail)
+            self._ending, self.why = (code, detail), detail
             asyncio.get_running_loop().call_soon(self.task.cancel)  # behind its first step: it has to release what it holds
 
     def nudge(self) -> None:
@@ -197,6 +210,7 @@ class Session:
 
     async def _fault(self, code: str, detail: str, retry_after_millis: int = 0) -> None:
         """Says why the session is over, if anyone is still there to hear it, and for a moment only."""
+        self.over = code
         if self.machine.state is State.OVER:
             return
         frame = self.machine.fault(code, detail, retry_after_millis)
@@ -208,35 +222,39 @@ class Session:
 
     # Steps
 
-    async def _handle(self, event: Event) -> None:
+    async def _handle(self, arrived: Event) -> None:
         engine = self.service.engine
-        match event:
+        match arrived:
             case StepBegun():
                 self.computing = True  # or at least about to
-                await self.service.room.grow(self, event.position + len(event.hidden))
-                row = engine.begin(self.slot, event.position, event.hidden, event.injection, event.exit_rows, self.alone)
-                self.steps[event.step] = row
-                await self._advance(event.step)
+                self._began[arrived.step] = time.monotonic()
+                await self.service.allowances.compute(self.user, len(arrived.hidden))
+                await self.service.room.grow(self, arrived.position + len(arrived.hidden))
+                row = engine.begin(self.slot, arrived.position, arrived.hidden, arrived.injection, arrived.exit_rows, self.alone)
+                self.steps[arrived.step] = row
+                await self._advance(arrived.step)
             case InjectionsArrived():
-                engine.inject(self.steps[event.step], event.exchange.index, event.values)
-                await self._advance(event.step)
+                engine.inject(self.steps[arrived.step], arrived.exchange.index, arrived.values)
+                await self._advance(arrived.step)
             case CancelAsked():
                 self.service.scheduler.forget(self.pace)
-                self.steps = {number: row for number, row in self.steps.items() if number < event.step}
+                self.steps = {number: row for number, row in self.steps.items() if number < arrived.step}
+                self._began = {number: began for number, began in self._began.items() if number < arrived.step}
                 await self._write(self.machine.cancelled())
             case CloseAsked():
                 await self._write(self.machine.closed())
             case Aborted(code):
-                log.info("a device gave up: %s", code)
+                self.over = f"device: {code}"
             case Truncated():
                 pass
             case _:
-                raise AssertionError(f"the machine let {event} through")
+                raise AssertionError(f"the machine let {arrived} through")
 
     async def _advance(self, number: int) -> None:
         """Walks a step on to where it needs the device again."""
         row = self.steps[number]
         leg = self.service.engine.legs[row.leg]
+        began, metrics = time.monotonic(), self.service.metrics
         self.computing = True
         try:
             await self.service.scheduler.go(row, self.pace)
@@ -250,3 +268,9 @@ class Session:
         else:
             del self.steps[number]
             await self._write(self.machine.exit(row.result, int(row.seconds * 1e6)))
+            seconds = time.monotonic() - self._began.pop(number, began)
+            metrics.step_seconds.observe(seconds)
+            self.service.on_step(seconds, row.count, row.seconds, self.name)
+            metrics.tokens.labels("decode" if row.count <= SHORT_TOKENS else "prompt").inc(row.count)
+            self.tokens += row.count
+        metrics.exchange_seconds.observe(time.monotonic() - began)

@@ -7,7 +7,8 @@ with open_session("out/edge", "127.0.0.1:7070") as session:
         print(piece.text, end="", flush=True)
 """
 
+from .access import Access
 from .api import Answer, Piece, PrivateSession, open_session
 from .sampling import Sampling
 
-__all__ = ["Answer", "Piece", "PrivateSession", "Sampling", "open_session"]
+__all__ = ["Access", "Answer", "Piece", "PrivateSession", "Sampling", "open_session"]

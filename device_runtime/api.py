@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..artifact.errors import ContextOverflow, PloraError, UsageError
 from ..protocol import DeviceSession, Precision, Terms, read_precision
+from .access import Access
 from .drafts import Draft, Drafter, require_vocabulary
 from .edge import Edge
 from .link import Link
@@ -23,7 +25,7 @@ from .sampling import Sampler, Sampling, choose_sampling
 from .speculation import DraftLength, verify
 from .stepper import Stepper
 from .text import Stream, Text
-from .transport import Deadlines
+from .transport import Deadlines, Transport
 
 T = TypeVar("T")
 Logits = NDArray[np.float32]
@@ -89,6 +91,7 @@ class PrivateSession:
         drafter: Drafter | None = None,
         bucket: int | None = None,
         on_state: Callable[[str], None] = lambda state: None,
+        access: Access = Access(),  # noqa: B008  frozen
     ) -> None:
         if drafter is not None:
             require_vocabulary(drafter, edge.shape.vocabulary)
@@ -102,7 +105,7 @@ class PrivateSession:
         def machine() -> DeviceSession:
             return DeviceSession(edge.plan, edge.shape, edge.contract.hash, precision, alone=bucket is not None)
 
-        self._link = Link(cloud, deadlines or Deadlines(), machine, on_state)
+        self._link = Link(cloud, deadlines or Deadlines(), machine, on_state, partial(Transport, access=access))
         self._stepper = Stepper(edge, self._link, bucket)
         self._runner = Runner(self._interrupt)
         self._closed = False
@@ -314,17 +317,19 @@ def open_session(
     drafter: Drafter | None = None,
     bucket: int | None = None,
     on_state: Callable[[str], None] = lambda state: None,
+    access: Access = Access(),  # noqa: B008  frozen
 ) -> PrivateSession:
     """Opens the edge half at `edge` and a session with the cloud at `cloud` (host:port).
 
     cores: another persona's file; base_only: no persona; graphs: "onnx" or "ort"; threads: of the head's product and the device's layers;
     wire_dtype: of all tensors, or by kind ("entry=fp16,injections=int8", protocol/precision.py); drafter: several tokens per step, without
     loss (drafts.py); bucket: every step padded to so many tokens, for answers that are equal bit for bit; on_state: told when the link
-    breaks and comes back (link.py).
+    breaks and comes back (link.py); access: TLS, pins and the access token (access.py).
     Raises ArtifactError, UsageError, Refused, Unreachable and their children.
     """
     opened = Edge(Path(edge), Path(cores) if cores is not None else None, base_only, graphs, threads)
-    return PrivateSession(opened, cloud, read_precision(wire_dtype), deadlines, drafter=drafter, bucket=bucket, on_state=on_state)
+    precision = read_precision(wire_dtype)
+    return PrivateSession(opened, cloud, precision, deadlines, drafter=drafter, bucket=bucket, on_state=on_state, access=access)
 
 
 __all__ = ["Answer", "Piece", "PloraError", "PrivateSession", "Stats", "open_session"]

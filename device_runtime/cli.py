@@ -13,6 +13,7 @@ import click
 from ..artifact.console import CLICK_CONTEXT, reports_errors
 
 if TYPE_CHECKING:
+    from .access import Access
     from .api import Piece, PrivateSession
 
 BUCKET_TOKENS = 8
@@ -25,6 +26,38 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 @click.version_option(package_name="plora")
 def main() -> None:
     """The device's half of a PrivateLoRA model: your text, your cores, your sampling."""
+
+
+def access_options(function: Command) -> Command:
+    """How the device knows its cloud, and shows who it is."""
+    path = click.Path(path_type=Path)
+    options = [
+        click.option(
+            "--token-file",
+            type=path,
+            metavar="FILE",
+            help="Holds your access token, for a cloud that wants one. [default: PLORA_TOKEN, if set]",
+        ),
+        click.option("--ca", type=path, metavar="FILE", help="Trust only a cloud whose certificate this one signs, or is (PEM)."),
+        click.option(
+            "--pin", "pins", multiple=True, metavar="SHA256", help="Trust only a cloud with this very certificate; may be given twice."
+        ),
+        click.option("--client-cert", type=path, metavar="FILE", help="Your certificate, for a cloud that asks for one (PEM)."),
+        click.option("--client-key", type=path, metavar="FILE", help="Its private key (PEM)."),
+        click.option("--server-name", metavar="NAME", help="That the cloud's certificate is for, if not the host's."),
+        click.option("--plaintext", is_flag=True, help="No TLS, although the cloud is elsewhere: whoever is on the way reads all of it."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def access_from(options: dict[str, Any]) -> Access:
+    """Takes these options out of `options`."""
+    from .access import Access, read_token
+
+    names = ("ca", "pins", "client_cert", "client_key", "server_name", "plaintext")
+    return Access(read_token(options.pop("token_file")), **{name: options.pop(name) for name in names})
 
 
 def session_options(function: Command) -> Command:
@@ -78,7 +111,7 @@ def session_options(function: Command) -> Command:
     ]
     for option in reversed(options):
         function = option(function)
-    return function
+    return access_options(function)
 
 
 @main.command()
@@ -160,8 +193,9 @@ def chat(system: str | None, stats: bool, **options: Any) -> None:
 @click.option("--wire-dtype", default="fp32", show_default=True, metavar="DTYPE", help="As for `generate`.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="As for `generate`. [default: up to 4]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@access_options
 @reports_errors
-def doctor(edges: tuple[Path, ...], cloud: str, wire_dtype: str, threads: int | None, as_json: bool) -> None:
+def doctor(edges: tuple[Path, ...], cloud: str, wire_dtype: str, threads: int | None, as_json: bool, **options: Any) -> None:
     """Measure link, device and cloud; predict speed and bytes of each edge's plan; say what binds and what would help.
 
     Takes about half a minute and some megabytes each way. Sends zeros and tokens from all over the vocabulary, nothing of yours.
@@ -170,7 +204,9 @@ def doctor(edges: tuple[Path, ...], cloud: str, wire_dtype: str, threads: int | 
     from .doctor import examine, tables
 
     threads = threads or min(4, os.cpu_count() or 1)
-    report = examine(list(edges), cloud, read_precision(wire_dtype), threads, lambda line: click.echo(f"{line} …", err=True))
+    report = examine(
+        list(edges), cloud, read_precision(wire_dtype), threads, lambda line: click.echo(f"{line} …", err=True), access_from(options)
+    )
     click.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else tables(report))
 
 
@@ -205,6 +241,7 @@ def open_from(options: dict[str, Any]) -> PrivateSession:
         drafter=NgramDrafts() if options["speculate"] else None,
         bucket=BUCKET_TOKENS if options["deterministic"] else None,
         on_state=say_state,
+        access=access_from(options),
     )
 
 

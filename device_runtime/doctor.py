@@ -10,6 +10,7 @@ from typing import Any
 from ..artifact.errors import WrongPair
 from ..artifact.manifest import EdgeManifest, read_manifest
 from ..protocol import Precision
+from .access import Access
 from .edge import Edge
 from .forecast import NOTHING, CloudFigures, Curve, DeviceFigures, Forecast, LinkFigures, Setup, predict, reconcile, step
 from .knobs import Knob, bound, knobs
@@ -72,15 +73,17 @@ def examine(
     precision: Precision = Precision(),  # noqa: B008  frozen
     threads: int = 1,
     say: Say = lambda line: None,
+    access: Access = Access(),  # noqa: B008  frozen
 ) -> Report:
     """The cloud at `address` (host:port) must serve the other half of the first edge; the others are predicted from the same base.
 
-    say: told what is being done. Raises ArtifactError's children, WrongPair naming an edge of another base, Refused's, Unreachable.
+    say: told what is being done; access: of the cloud. Raises ArtifactError's children, WrongPair naming an edge of another base,
+    Refused's, Unreachable.
     """
     check_bases(edges)
     say(f"opening {edges[0]}")
     first = Edge(edges[0], threads=threads)
-    with Visit(first, address, precision) as visit:
+    with Visit(first, address, precision, access) as visit:
         link, terms = measure_link(visit, say), visit.stepper.terms
         cloud = CloudFigures(NOTHING, 0.0, min(CHUNK_TOKENS, terms.step_tokens), terms.window, terms.context_tokens)
         steps = measure_steps(visit, Setup(first.plan, first.shape, precision, link, DeviceFigures(), cloud), say)

@@ -35,6 +35,7 @@ class Link:
         on_state: Callable[[str], None],
         carrier: Callable[[str, Deadlines], Transport] = Transport,
     ) -> None:
+        """carrier: makes a connection, not open yet; `partial(Transport, access=…)` for a cloud that asks who one is."""
         self.address = address
         self.deadlines = deadlines
         self.on_state = on_state

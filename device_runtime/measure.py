@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,13 +21,14 @@ from ..artifact.errors import RefusedContract, RefusedVersion, Unreachable
 from ..protocol import DeviceSession, Precision
 from ..protocol.events import PongArrived
 from ..protocol.limits import MAX_PROBE_BYTES
+from .access import Access
 from .edge import Edge
 from .forecast import Curve, DeviceFigures, LinkFigures, Setup, step
 from .link import Link
 from .runner import Runner
 from .speculation import SLOWEST
 from .stepper import CHUNK_TOKENS, Stepper
-from .transport import Deadlines
+from .transport import Deadlines, Transport
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -65,12 +67,12 @@ def typical(values: Sequence[float]) -> float:
 class Visit:
     """A session with the cloud, to be measured; a context manager. Raises as PrivateSession does."""
 
-    def __init__(self, edge: Edge, address: str, precision: Precision) -> None:
+    def __init__(self, edge: Edge, address: str, precision: Precision, access: Access = Access()) -> None:  # noqa: B008  frozen
         def machine() -> DeviceSession:
             return DeviceSession(edge.plan, edge.shape, edge.contract.hash, precision)
 
         self.edge = edge
-        self.link = Link(address, Deadlines(), machine, lambda state: None)
+        self.link = Link(address, Deadlines(), machine, lambda state: None, partial(Transport, access=access))
         self.stepper = Stepper(edge, self.link)
         self._runner = Runner(self.link.interrupt)
         self._pings = 1 << 31  # away from those of the link's own heartbeat

@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
 
-from ..artifact.errors import Unreachable
+from ..artifact.errors import AccessDenied, PloraError, Unreachable, Untrusted
 from ..protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE
+from .access import Access, why_untrusted
 
 PATH = f"/{SERVICE}/{METHOD}"
 OPTIONS = [
@@ -33,6 +35,17 @@ class Deadlines:
     give_up_seconds: float = 60.0
 
 
+REFUSAL_SECONDS = 2.0
+"""For the cloud to refuse a call: it does so at once, or not at all."""
+
+
+class Ended(NamedTuple):
+    """How a call ended: gRPC's status, None if it did not."""
+
+    code: grpc.StatusCode | None
+    details: str | None
+
+
 class Interrupted(Exception):
     """Somebody pressed Ctrl-C while we waited for a frame."""
 
@@ -44,12 +57,13 @@ class Transport:
     is the fault which says why. And a read that is cancelled ends the whole call, so whoever waits is woken instead.
     """
 
-    def __init__(self, address: str, deadlines: Deadlines) -> None:
+    def __init__(self, address: str, deadlines: Deadlines, access: Access = Access()) -> None:  # noqa: B008  frozen
         self.address = address
         self.deadlines = deadlines
+        self.access = access
         self.heard_at = time.monotonic()
         self.frames: deque[bytes] = deque()
-        self.ended: Unreachable | None = None
+        self.ended: PloraError | None = None
         self.interrupted = False
         self.waiter: asyncio.Future[None] | None = None
         self.reader: asyncio.Task[None] | None = None
@@ -57,15 +71,15 @@ class Transport:
         self.channel: grpc.aio.Channel | None = None
 
     async def connect(self, seconds: float | None = None) -> None:
-        """Raises Unreachable if nothing answers at the address within `seconds`, or connect_seconds."""
+        """Raises Unreachable if nothing answers at the address within `seconds`, or connect_seconds; Untrusted if it is not our cloud."""
         seconds = self.deadlines.connect_seconds if seconds is None else seconds
-        self.channel = grpc.aio.insecure_channel(self.address, OPTIONS)
         try:
             async with asyncio.timeout(seconds):
+                self.channel = await self.access.channel(self.address, OPTIONS)
                 await self._ready()
         except TimeoutError:
             raise Unreachable(f"{self.address}: no answer within {seconds:g} s; is plora-cloud running there?") from None
-        self.call = self.channel.stream_stream(PATH)()
+        self.call = self.channel.stream_stream(PATH)(metadata=self.access.metadata)
         self.reader = asyncio.create_task(self._read())
 
     async def _ready(self) -> None:
@@ -73,9 +87,31 @@ class Transport:
         state = self.channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                raise Unreachable(f"{self.address}: connection refused or name unknown; is plora-cloud running there?")
+                if self.access.secures(self.address) and (why := why_untrusted((await self._refusal()).details or "")) is not None:
+                    raise Untrusted(f"{self.address}: {why}")
+                raise Unreachable(f"{self.address}: connection refused or name unknown; is plora-cloud running there?{self._hint}")
             await self.channel.wait_for_state_change(state)
             state = self.channel.get_state(try_to_connect=True)
+
+    @property
+    def _hint(self) -> str:
+        """What else may be the reason for a connection that says nothing."""
+        if not self.access.secures(self.address):
+            return " If it has TLS, --ca or --pin says how to know it."
+        return "" if self.access.client_cert else " It may want a certificate of yours (--client-cert)."
+
+    async def _refusal(self) -> Ended:
+        """What the cloud, or the way to it, says to a call that says nothing: only a call is told why a channel failed, and one that has
+        written is not told at all if the cloud ended it before (grpc/grpc issue 36066)."""
+        assert self.channel is not None  # connect made it
+        call = self.channel.stream_stream(PATH)(metadata=self.access.metadata, timeout=REFUSAL_SECONDS)
+        try:
+            await call.read()
+        except grpc.aio.AioRpcError as error:
+            return Ended(error.code(), error.details())
+        finally:
+            call.cancel()
+        return Ended(None, None)
 
     async def _read(self) -> None:
         try:
@@ -85,7 +121,12 @@ class Transport:
                 self._wake()
             self.fail("the cloud ended the stream without a word")
         except grpc.aio.AioRpcError as error:
-            self.fail(f"connection lost ({error.code().name}: {error.details()})")
+            status = Ended(error.code(), error.details())
+            if status.code is grpc.StatusCode.INTERNAL and (known := await self._refusal()).code is grpc.StatusCode.UNAUTHENTICATED:
+                status = known
+            if status.code is grpc.StatusCode.UNAUTHENTICATED:
+                self.ended = AccessDenied(f"{self.address}: {status.details}; give one with --token-file or PLORA_TOKEN")
+            self.fail(f"connection lost ({error.code().name}: {error.details()}){self._hint}")
         except asyncio.CancelledError:  # so grpc tells of a call that we have ended ourselves
             self.fail("the connection was closed")
 

@@ -36,6 +36,14 @@ SESSION_BYTES = 16
 MAX_DETAIL_CHARACTERS = 500
 
 
+def device_frame_bytes(plan: ExchangePlan, shape: DecoderShape) -> int:
+    """The largest frame that a device may send under this plan: a whole step's entry or injections in fp32, or a probe."""
+    entry = shape.hidden + (plan.entry_exchange.injection_columns if plan.entry_exchange else 0)
+    widest = max([entry, *(exchange.injection_columns for exchange in plan.exchanges)])
+    step = step_tokens(plan, shape) * widest * DTYPE_BYTES["fp32"]
+    return min(max(step, MAX_PROBE_BYTES) + FRAME_OVERHEAD_BYTES, MAX_FRAME_BYTES)
+
+
 def step_tokens(plan: ExchangePlan, shape: DecoderShape) -> int:
     """Most tokens of one step such that none of its frames passes MAX_FRAME_BYTES, in fp32; at most MAX_STEP_TOKENS.
 

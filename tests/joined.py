@@ -17,8 +17,9 @@ from torch import Tensor
 from plora.artifact.hashes import EXIT_CONVENTION, PROTOCOL_MAJOR, Contract, record_files
 from plora.artifact.manifest import FORMATS, MANIFEST, VERSIONS, EdgeManifest, write_json
 from plora.cloud_server.cache import Pool
+from plora.cloud_server.config import Limits
 from plora.cloud_server.engine import Engine
-from plora.cloud_server.service import Limits, Service
+from plora.cloud_server.service import Service
 from plora.device_runtime.edge import Edge
 from plora.device_runtime.link import Link
 from plora.device_runtime.stepper import Stepper

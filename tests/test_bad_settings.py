@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from plora.artifact.errors import UsageError
+from plora.cloud_server.config import Limits, ServerConfig
 from plora.cloud_server.engine import Engine
-from plora.cloud_server.serve import ServerConfig
-from plora.cloud_server.service import Limits
 from plora.device_runtime.sampling import Sampling
 
 from .conftest import Made, command

@@ -18,7 +18,8 @@ from plora.artifact import DecoderShape
 from plora.artifact.errors import QuotaReached, ServerFull, UsageError
 from plora.artifact.shape import Rope
 from plora.cloud_server.cache import BLOCK_TOKENS, Pool
-from plora.cloud_server.room import EVICTION_SECONDS, MOST_RETRY_MILLIS, Quota, Refusal, Room
+from plora.cloud_server.quota import Quota, Refusal
+from plora.cloud_server.room import EVICTION_SECONDS, MOST_RETRY_MILLIS, Room
 from plora.device_runtime import open_session
 from plora.models.checkpoint import Base
 from plora.models.formula import merge
@@ -56,7 +57,7 @@ def in_room(script: Any, pool: Pool, quota: Quota | None = None) -> None:
     async def run() -> None:
         with ThreadPoolExecutor(1) as worker:
             async with asyncio.timeout(BOUND_SECONDS):
-                await script(Room(pool, quota or Quota(), 60.0, 30.0, worker))
+                await script(Room(pool, lambda user: quota or Quota(), 60.0, 30.0, worker))
 
     asyncio.run(run())
 

@@ -24,9 +24,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from plora.artifact.errors import MissingFile, RefusedContract, ServerFull, Unreachable, UsageError
 from plora.artifact.manifest import MANIFEST, EdgeManifest, read_manifest, write_json
+from plora.cloud_server.config import Door, Limits, ServerConfig
 from plora.cloud_server.engine import Engine
-from plora.cloud_server.serve import ServerConfig, serve
-from plora.cloud_server.service import Limits
+from plora.cloud_server.quota import Quota
+from plora.cloud_server.serve import serve
 from plora.device_runtime import PrivateSession, open_session
 from plora.device_runtime.edge import Edge
 from plora.device_runtime.stepper import CHUNK_TOKENS
@@ -36,7 +37,7 @@ from plora.models.checkpoint import Base
 from plora.models.formula import adapted, merge
 from plora.protocol import plora_pb2 as pb
 from plora.protocol.events import CompressedArrived, Opened, StepDone
-from plora.protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE
+from plora.protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE, device_frame_bytes
 from plora.protocol.roles import DeviceSession
 
 from .conftest import Made, answer, cloud, command, greedy, make_export, oracle
@@ -425,7 +426,7 @@ FIRST: dict[str, tuple[Callable[[DeviceSession], bytes], int]] = {
     "a contract of 5 bytes": (lambda m: hello(m, contract=b"short"), pb.BAD_FRAME),
     "no dtype": (lambda m: hello(m, dtype=0), pb.WRONG_DTYPE),
     "somebody's session": (lambda m: hello(m, session=bytes(16)), pb.EXPIRED),
-    "zeros up to the limit": (lambda m: bytes(MAX_FRAME_BYTES), pb.BAD_FRAME),
+    "zeros up to the limit": (lambda m: bytes(device_frame_bytes(m.plan, m.shape)), pb.BAD_FRAME),
 }
 LATER: dict[str, tuple[Callable[[DeviceSession], bytes], int]] = {
     "a second hello": (hello, pb.BAD_STATE),
@@ -607,10 +608,13 @@ def test_plain_garbage_on_the_port(made: Made, merged: Base, served: str) -> Non
 def test_flags_that_cannot_be_honoured(made: Made, tmp_path: Path) -> None:
     for listen in ("7070", "127.0.0.1:", ":7070", "127.0.0.1:70000", "127.0.0.1:x"):
         with pytest.raises(UsageError, match="expected HOST:PORT"):
-            ServerConfig(tmp_path, listen)
-    for bad in ({"kv_bytes": 0}, {"limits": Limits(idle_seconds=0)}, {"threads": -1}, {"grace_seconds": -1.0}):
+            Door(listen)
+    for bad in ({"kv_bytes": 0}, {"threads": -1}, {"grace_seconds": -1.0}, {"drain_seconds": float("inf")}, {"context_tokens": 0}):
         with pytest.raises(UsageError, match="expected"):
             ServerConfig(tmp_path, **bad)  # type: ignore[arg-type]
+    for wrong in ({"idle_seconds": 0}, {"connections": 0}, {"inbox_bytes": -1}, {"quota": Quota(tokens_per_day=-1)}):
+        with pytest.raises(UsageError, match="expected"):
+            Limits(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"a KV budget of 1,000 bytes holds no session: one of 256 tokens takes 98,304"):
         Engine(made.out / "cloud", 1000)
     with pytest.raises(UsageError, match=r"--context 257, expected 1\.\.256"):
@@ -623,9 +627,9 @@ def test_a_taken_port_is_refused(made: Made) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        config = ServerConfig(made.out / "cloud", f"127.0.0.1:{taken.getsockname()[1]}", 1 << 20)
+        config = ServerConfig(made.out / "cloud", 1 << 20, door=Door(f"127.0.0.1:{taken.getsockname()[1]}"))
         with pytest.raises(UsageError, match="cannot listen there"):
-            asyncio.run(serve(config, lambda address, engine: pytest.fail("it listens")))
+            asyncio.run(serve(config, lambda address, ops, engine: pytest.fail("it listens")))
 
 
 def test_the_edge_half_is_not_served(made: Made) -> None:

@@ -57,7 +57,7 @@ PATIENT = Deadlines(step_seconds=BOUND_SECONDS, give_up_seconds=BOUND_SECONDS)
 ZYGOTE = '''
 import json, os, signal, socket, sys
 from functools import partial
-from plora.cloud_server import cache, cli, engine, serve, service
+from plora.cloud_server import cache, cli, config, engine, serve
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 children = []
@@ -79,7 +79,7 @@ def child(port, settings, arguments):
     print(f"pid {os.getpid()}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     engine.step_tokens = lambda plan, shape: settings["step_tokens"]
-    service.Limits = partial(service.Limits, write_seconds=settings["write_seconds"])
+    config.Limits = partial(config.Limits, write_seconds=settings["write_seconds"])
     tell(engine.Engine, "begin", lambda row, slot, length, hidden, *rest: f"step {slot} {length} {len(hidden)}")
     tell(cache.Pool, "take", lambda slot: "full" if slot is None else "took")
     tell(cache.Pool, "free", lambda result, slot: "gave")
@@ -659,7 +659,7 @@ def check_blow(number: signal.Signals, frame: int, trip: Trip, house: House, sta
         if number is signal.SIGKILL:
             restart()
         else:  # it ends when its steps are done, for which it needs the device
-            house.wait("stopping: ")
+            house.wait(" stopping ")
             trip.lead_to(None)
             threading.Thread(target=restart, daemon=True).start()
 

@@ -1,19 +1,23 @@
 """Checks the commands that README and docs show: each `plora-…` line must parse, each `make` target exist, each link lead somewhere.
+A TOML file that is shown under its name is there when they are parsed.
 
 `make demo` and `make test`, the two that a newcomer runs, are run by .ci/run itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHOWN = re.compile(r"^`([\w.-]+\.toml)`:\n\n```toml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:|#)([^)#\s]+)")
 TARGET = re.compile(r"^([a-z][\w-]*):", re.MULTILINE)
 
@@ -47,6 +51,8 @@ def check(path: Path) -> tuple[int, list[str]]:
     text = path.read_text(encoding="utf-8")
     where = path.relative_to(ROOT)
     wrong = [f"{where}: link to {link}, which is not there" for link in LINK.findall(text) if not (path.parent / link).exists()]
+    for name, content in SHOWN.findall(text):
+        Path(name).write_text(content, encoding="utf-8")
     known, targets, seen = commands(), set(TARGET.findall((ROOT / "Makefile").read_text())), 0
     for line in (line for block in FENCE.findall(text) for line in lines(block)):
         words = shlex.split(line, comments=True)
@@ -62,6 +68,8 @@ def check(path: Path) -> tuple[int, list[str]]:
                 parse(known[tool], tool, words[1:until])
             except click.exceptions.Exit:
                 pass  # --help and --version end here
+            except SystemExit:
+                wrong.append(f"{where}: {line}: refused, see above")
             except click.ClickException as error:
                 wrong.append(f"{where}: {line}: {error.format_message()}")
     return seen, wrong
@@ -69,7 +77,8 @@ def check(path: Path) -> tuple[int, list[str]]:
 
 def main() -> int:
     files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "persona" / "README.md"]
-    results = [check(path) for path in files]
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        results = [check(path) for path in files]
     wrong = [line for _, lines_wrong in results for line in lines_wrong]
     print("\n".join(wrong) or f"{sum(seen for seen, _ in results)} commands in {len(files)} files parse")
     return 1 if wrong or not sum(seen for seen, _ in results) else 0

@@ -1,0 +1,144 @@
+"""Who calls: the user of an access token, of a client certificate, or else the host. Asked on every call, health aside."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from ..artifact.errors import PloraError
+from . import token_file
+from .logs import event
+from .quota import Quota
+
+log = logging.getLogger("plora.cloud")
+
+HEADER, SCHEME = "authorization", "Bearer "
+"""RFC 6750, section 2.1."""
+DENIED = "the access token is missing, unknown or expired"
+"""One answer for all of these: which of them it was is nobody's business."""
+OPEN_TO_ALL = "/grpc.health.v1.Health/"
+
+
+class Denied(PloraError):
+    """Whoever calls has not shown who they are."""
+
+
+@dataclass(frozen=True)
+class User:
+    """name: of the user, or `host:…`, `certificate:…`; token: hash of the access token that they came with, "" for none. Whoever has a
+    token or a certificate has shown who they are: their sessions are taken up by nobody else."""
+
+    name: str
+    token: str = ""
+
+    @property
+    def known(self) -> bool:
+        return not self.name.startswith("host:")
+
+
+class Guard:
+    """Knows the users. path: of the token file, None for none: then a call needs no token. quota: of users whose entry has none."""
+
+    def __init__(self, path: Path | None, quota: Quota, clock: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self.quota = quota
+        self.clock = clock
+        self._stamp: tuple[int, int, int] | None = None
+        self._users: dict[str, tuple[str, float]] = {}
+        self._quotas: dict[str, Quota] = {}
+        if path is not None:
+            self._take(token_file.read(path))
+            self._stamp = _stamp(path)
+
+    def _take(self, file: token_file.TokenFile) -> None:
+        self._users = {
+            token.sha256: (name, math.inf if token.expires is None else token_file.instant(token.expires))
+            for name, entry in file.users.items()
+            for token in entry.tokens
+        }
+        self._quotas = {name: entry.quota for name, entry in file.users.items() if entry.quota is not None}
+
+    def refresh(self) -> None:
+        """Reads the file again if it has changed. One that cannot be read changes nothing: those who are known stay known."""
+        if self.path is None or (stamp := _stamp(self.path)) == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._take(token_file.read(self.path))
+        except PloraError as error:
+            event(log, logging.ERROR, "access tokens not read again, the old ones stay", reason=str(error))
+        else:
+            event(log, logging.INFO, "access tokens read again", users=len({name for name, _ in self._users.values()}))
+
+    def check(self, metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, str]:
+        """(user, hash of the token) of a call; two empty strings if no token is asked for. Raises Denied."""
+        if self.path is None:
+            return "", ""
+        shown = [value for key, value in metadata if key == HEADER]
+        if len(shown) != 1 or not isinstance(shown[0], str) or not shown[0].startswith(SCHEME):
+            raise Denied(DENIED)
+        hashed = token_file.digest(shown[0][len(SCHEME) :])  # looked up by its hash: how long that takes tells nothing of a token
+        name, expires = self._users.get(hashed, ("", 0.0))
+        if self.clock() >= expires:
+            raise Denied(DENIED)
+        return name, hashed
+
+    def user_of(self, context: Any) -> User:
+        """Of a call's context; of one that is no gRPC call at all, as in tests, a nameless host. Raises Denied."""
+        name, hashed = self.check(context.invocation_metadata() or ()) if self.path is not None else ("", "")
+        if name:
+            return User(name, hashed)
+        if not hasattr(context, "peer"):
+            return User("host:")
+        shown = context.auth_context().get("x509_common_name", ())  # of a certificate that the handshake has verified
+        if shown:
+            return User(f"certificate:{shown[0].decode(errors='replace')}")
+        return User(f"host:{context.peer().rpartition(':')[0]}")
+
+    def stands(self, user: User) -> bool:
+        """Whether the user would be let in with that token now."""
+        return self.path is None or self.clock() < self._users.get(user.token, ("", 0.0))[1]
+
+    def quota_of(self, name: str) -> Quota:
+        return self._quotas.get(name, self.quota)
+
+
+class Gatekeeper(grpc.aio.ServerInterceptor):
+    """Turns calls away that the guard does not know, whatever method they ask for. on_denied: told of each."""
+
+    def __init__(self, guard: Guard, on_denied: Callable[[], None]) -> None:
+        self.guard = guard
+        self.on_denied = on_denied
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        if not handler_call_details.method.startswith(OPEN_TO_ALL):
+            try:
+                self.guard.check(handler_call_details.invocation_metadata)
+            except Denied as error:
+                self.on_denied()
+                return _turned_away(str(error))
+        return await continuation(handler_call_details)
+
+
+def _turned_away(why: str) -> Any:
+    async def deny(_: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
+
+    return grpc.stream_stream_rpc_method_handler(deny)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes whenever the file does, also if another one takes its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -1,0 +1,88 @@
+"""What can be told of a server's settings without serving, and of a server that runs without being a device."""
+
+from __future__ import annotations
+
+import datetime
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ..artifact.errors import Unreachable, UsageError
+from ..artifact.manifest import CloudManifest, check_files, read_manifest
+from . import tls, token_file
+from .config import ServerConfig, host_and_port, is_loopback
+
+HEALTH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    facts: list[str]
+    warnings: list[str]
+
+
+def check(config: ServerConfig, unknown_variables: list[str]) -> Findings:
+    """Reads every file that the server would. Raises what it would raise."""
+    facts, warnings = [], [f"{name}: a variable of the environment that means nothing" for name in unknown_variables]
+    manifest = read_manifest(CloudManifest, config.folder)
+    check_files(config.folder, manifest)
+    shape = manifest.contract.shape
+    facts.append(f"{config.folder}: contract {manifest.contract.hash[:12]}, {manifest.contract.plan.cloud_layers} layers, {manifest.dtype}")
+    if config.context_tokens is not None and config.context_tokens > shape.context_tokens:
+        raise UsageError(f"--context {config.context_tokens}, expected 1..{shape.context_tokens}, the model's own")
+    if config.door.tls is not None:
+        pair = tls.read(config.door.tls)
+        facts.append(f"{config.door.tls.certificate}: sha256:{tls.fingerprint(config.door.tls.certificate)}, until {pair.expires:%Y-%m-%d}")
+        if (left := pair.expires - datetime.datetime.now(datetime.UTC)).days < tls.SOON_DAYS:
+            warnings.append(f"{config.door.tls.certificate}: expires in {left.days} days")
+    if config.door.tokens is not None:
+        users = token_file.read(config.door.tokens).users
+        facts.append(f"{config.door.tokens}: {len(users)} users, {sum(len(entry.tokens) for entry in users.values())} tokens")
+        if token_file.readable_by_others(config.door.tokens):
+            warnings.append(f"{config.door.tokens}: others on this machine can read it; chmod 600")
+    if not is_loopback(host_and_port("--listen", config.door.listen)[0]):
+        warnings += ["--without-tls: whoever is on the way reads and changes everything"] if config.door.tls is None else []
+        warnings += ["--without-tokens: whoever asks is served"] if config.door.tokens is None else []
+    return Findings(facts, warnings)
+
+
+def ask_health(config: ServerConfig) -> str:
+    """ "ready". Raises Unreachable if the server is not, or is not there; UsageError if it cannot be asked."""
+    if config.door.ops is not None:
+        return _ask_http(*host_and_port("--ops", config.door.ops))
+    if config.door.tls is not None:
+        raise UsageError("a server with TLS is asked over --ops; set it, for instance to 127.0.0.1:9464")
+    return _ask_grpc(*host_and_port("--listen", config.door.listen))
+
+
+def _here(host: str, port: int) -> str:
+    """An address at which a server that listens there is reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _ask_http(host: str, port: int) -> str:
+    where = f"http://{_here(host, port)}/readyz"
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(where, timeout=HEALTH_SECONDS) as answer:
+            return answer.read(100).decode().strip()
+    except urllib.error.HTTPError as error:
+        raise Unreachable(f"{where}: not ready ({error.code})") from None
+    except OSError as error:
+        raise Unreachable(f"{where}: no answer ({getattr(error, 'reason', error)})") from None
+
+
+def _ask_grpc(host: str, port: int) -> str:
+    where = _here(host, port)
+    with grpc.insecure_channel(where) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_SECONDS)  # type: ignore[attr-defined]
+        except grpc.RpcError as error:
+            raise Unreachable(f"{where}: no answer ({error.code().name})") from None  # type: ignore[attr-defined]
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise Unreachable(f"{where}: not ready ({health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)})")
+    return "ready"

@@ -1,0 +1,157 @@
+"""How a device knows its cloud, and shows who it is: TLS, pins, and the access token. Nothing of it is printed or logged."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import os
+import re
+import socket
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from ..artifact.errors import MissingFile, Unreachable, Untrusted, UsageError
+
+HEADER, SCHEME = "authorization", "Bearer "
+"""RFC 6750, section 2.1."""
+TOKEN_VARIABLE = "PLORA_TOKEN"
+PIN = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Access:
+    """token: "" for none; ca: certificates, PEM, that sign the cloud's, or are its own, instead of the public ones; pins: SHA-256 of
+    the cloud's certificate, hex: one of them must fit, and then nobody else vouches for it; client_cert, client_key: PEM, for a cloud that
+    asks for one; server_name: that the cloud's certificate is for, if not the host's; plaintext: no TLS, also beyond loopback.
+
+    Without any of them a cloud on loopback is spoken to in plaintext, and any other over TLS. Raises UsageError.
+    """
+
+    token: str = field(default="", repr=False)
+    ca: Path | None = None
+    pins: tuple[str, ...] = ()
+    client_cert: Path | None = None
+    client_key: Path | None = None
+    server_name: str | None = None
+    plaintext: bool = False
+
+    def __post_init__(self) -> None:
+        for pin in self.pins:
+            if not PIN.fullmatch(_digits(pin)):
+                raise UsageError(f"--pin {pin}: expected sha256: and 64 hexadecimal digits, as `plora-cloud certificate` prints them")
+        if self.ca is not None and self.pins:
+            raise UsageError("--ca and --pin: expected one of them")
+        if (self.client_cert is None) != (self.client_key is None):
+            raise UsageError("--client-cert and --client-key: expected both or neither")
+        if self.plaintext and self._says_tls:
+            raise UsageError("--plaintext: expected without --ca, --pin, --client-cert and --server-name")
+        if not self.token.isascii() or any(not 33 <= ord(each) <= 126 for each in self.token):
+            raise UsageError("the access token has characters that no token has; is it the right file?")
+
+    @property
+    def _says_tls(self) -> bool:
+        return any((self.ca, self.pins, self.client_cert, self.server_name))
+
+    def secures(self, address: str) -> bool:
+        """Whether connections to host:port are TLS."""
+        return self._says_tls or not (self.plaintext or _is_loopback(_host(address)))
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of every call."""
+        return ((HEADER, SCHEME + self.token),) if self.token else ()
+
+    async def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
+        """Raises Untrusted if a pin does not fit, Unreachable, MissingFile."""
+        if not self.secures(address):
+            return grpc.aio.insecure_channel(address, options)
+        roots = None if self.ca is None else _read("--ca", self.ca)
+        if self.pins:
+            roots = await asyncio.to_thread(self._pinned, address)
+        key = None if self.client_key is None else _read("--client-key", self.client_key)
+        chain = None if self.client_cert is None else _read("--client-cert", self.client_cert)
+        name = [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
+        return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(roots, key, chain), [*options, *name])
+
+    def _pinned(self, address: str) -> bytes:
+        """The cloud's own certificate, PEM, if it is one of those pinned: as the only root it makes every handshake check it again."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # its hash is what counts
+        if self.client_cert is not None and self.client_key is not None:
+            try:
+                context.load_cert_chain(self.client_cert, self.client_key)
+            except (OSError, ssl.SSLError) as error:
+                raise UsageError(f"--client-cert {self.client_cert}, --client-key {self.client_key}: {error}") from None
+        host, port = _host(address), int(address.rpartition(":")[2])
+        try:
+            with (
+                socket.create_connection((host, port), PIN_SECONDS) as plain,
+                context.wrap_socket(plain, server_hostname=self.server_name or host) as secured,
+            ):
+                certificate = secured.getpeercert(binary_form=True) or b""
+        except ssl.SSLError as error:
+            raise Untrusted(f"{address}: no TLS there ({error.reason or error})") from None
+        except OSError as error:
+            raise Unreachable(f"{address}: {error.strerror or error}; is plora-cloud running there?") from None
+        found = hashlib.sha256(certificate).hexdigest()
+        if found not in {_digits(pin) for pin in self.pins}:
+            raise Untrusted(
+                f"{address}: its certificate is sha256:{found}, which is not pinned; do not go on unless you know why it changed"
+            )
+        return ssl.DER_cert_to_PEM_cert(certificate).encode()
+
+
+PIN_SECONDS = 10.0
+"""For the handshake that fetches a pinned certificate."""
+
+
+def read_token(path: Path | None) -> str:
+    """The one line of a token file; without a file what PLORA_TOKEN says, or "". Not a flag of its own: others on the machine can read
+    those. Raises MissingFile, UsageError."""
+    if path is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
+    words = _read("--token-file", path).split()
+    if len(words) != 1:
+        raise UsageError(f"--token-file {path}: {len(words)} words, expected one access token")
+    return words[0].decode(errors="replace")
+
+
+def why_untrusted(details: str) -> str | None:
+    """What gRPC says of a connection that failed, if it was about trust: in words for a person. None if it was about something else."""
+    if "Hostname Verification Check failed" in details:
+        return "its certificate is for another name; --server-name says which one to expect"
+    if (found := re.search(r"CERTIFICATE_VERIFY_FAILED: ([a-zA-Z ,]+)", details)) is not None:
+        return f"its certificate is not trusted: {found[1].strip()}; --ca names who signs it, --pin the certificate itself"
+    if re.search(r"WRONG_VERSION_NUMBER|TSI_PROTOCOL_FAILURE|Tls handshake failed", details):
+        return "no TLS there, or none that fits; --plaintext is for a cloud that has none"
+    return None
+
+
+def _read(flag: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MissingFile(f"{flag} {path}: cannot be read ({error.strerror})") from None
+
+
+def _digits(pin: str) -> str:
+    return pin.lower().replace("sha256:", "").replace(":", "")
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
