@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 # Where pip may find more packages, e.g. the CPU build of torch: make install PIP_FLAGS="--extra-index-url URL"
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
-CODE := artifact protocol models export cloud_server device_runtime tests bench tools examples
+CODE := artifact protocol models export cloud_server device_runtime tests bench deploy tools examples
 
-.PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts bench-load \
+.PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts bench-load bench-soak bench-fuzz \
 	bench-privacy bench-recall persona clean
 
 install: $(VENV)/.installed
@@ -73,6 +73,14 @@ bench-cuts: install
 # One cloud under 1 to 128 scripted devices: docs/results/load.json
 bench-load: install
 	$(BIN)/python -m bench.load
+
+# An hour of mixed load with cuts, kills and hostile peers against one cloud: docs/results/soak.json
+bench-soak: install
+	$(BIN)/python -m bench.soak
+
+# Coverage-guided fuzzing of codec, handshake, stream, service and device: docs/results/fuzz.json
+bench-fuzz: install
+	$(BIN)/python -m bench.fuzz
 
 # What the cloud can read under each plan: docs/results/privacy.json
 bench-privacy: install

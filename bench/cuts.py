@@ -72,8 +72,8 @@ START_SECONDS = 60
 # Halves and servers
 
 
-def make_tiny(folder: Path) -> dict[str, Path]:
-    """A random Llama, its tokenizer, and an export of it for each of PLANS."""
+def make_tiny(folder: Path, plans: dict[str, PlanChoice] = PLANS) -> dict[str, Path]:
+    """A random Llama, its tokenizer, and an export of it for each plan."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -103,7 +103,7 @@ def make_tiny(folder: Path) -> dict[str, Path]:
     whole.save_pretrained(folder / "base")
     base = read_base(str(folder / "base"))
     outs = {}
-    for name, choice in PLANS.items():
+    for name, choice in plans.items():
         make_adapter(base, choice, folder / f"{name}-adapter", CORE_SIZE)
         outs[name] = folder / name
         outs[name].mkdir()

@@ -29,22 +29,24 @@ class Gone(Exception):
 
 class Intake:
     """Bytes of all frames that wait for their sessions. Beyond the budget a connection may have one frame waiting, and is not read until
-    it is taken: so every session goes on, and many that send fast take no more memory than this and a frame each."""
+    it is taken: so every session goes on, and many that send fast take no more memory than this and a frame each. received_bytes,
+    sent_bytes: of frames, since the start."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.held_bytes = 0
+        self.received_bytes = 0
+        self.sent_bytes = 0
 
 
 class Carrier:
     """inbox: frames that arrived and wait; next_frame: number of the session's next frame to write; due: until when the peer may take to
     greet, or to take what is being written; frames: that it may send."""
 
-    def __init__(self, context: Any, user: User, intake: Intake, on_sent: Callable[[int], None] = lambda size: None) -> None:
+    def __init__(self, context: Any, user: User, intake: Intake) -> None:
         self.context = context
         self.user = user
         self.intake = intake
-        self.on_sent = on_sent
         self.frames = Bucket(FRAMES, FRAMES_SECONDS, time.monotonic())
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         self.session: object | None = None
@@ -66,6 +68,7 @@ class Carrier:
             raise Gone from None
         if not isinstance(data, bytes):
             raise Gone
+        self.intake.received_bytes += len(data)
         return data
 
     async def push(self, data: bytes) -> None:
@@ -106,7 +109,7 @@ class Carrier:
         self.due, self._writer = time.monotonic() + seconds, asyncio.current_task()
         try:
             await self.context.write(data)
-            self.on_sent(len(data))
+            self.intake.sent_bytes += len(data)
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
             raise Gone from None
         except asyncio.CancelledError:

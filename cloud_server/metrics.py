@@ -28,8 +28,6 @@ class Metrics:
         self.refused = Counter("plora_refused", "Connections refused at the door, by wire fault code.", ["code"], registry=registry)
         self.denied = Counter("plora_denied", "Calls turned away for want of a valid access token.", registry=registry)
         self.tokens = Counter("plora_tokens", "Tokens computed, by the kind of step.", ["kind"], registry=registry)
-        self.received_bytes = Counter("plora_received_bytes", "Frames from devices, without gRPC's framing.", registry=registry)
-        self.sent_bytes = Counter("plora_sent_bytes", "Frames to devices, without gRPC's framing.", registry=registry)
         self.batch_rows = Histogram("plora_batch_rows", "Rows (sessions) of one batch.", buckets=ROWS, registry=registry)
         self.batch_seconds = Histogram("plora_batch_seconds", "Of the engine, for one batch.", buckets=SECONDS, registry=registry)
         self.step_seconds = Histogram(

@@ -49,8 +49,8 @@ FULL_MILLIS = 5000
 """After which somebody may have left: nobody knows."""
 
 TRIM_SECONDS = 2.0
-"""How often the allocator is asked to give freed memory back to the system, if there was work: prompts come in frames of a megabyte, and
-holes of that size would stay."""
+"""How often the allocator is asked to give freed memory back to the system while anybody is there: prompts come in frames of a megabyte,
+and holes of that size would stay; those who send frames that are refused leave them, too."""
 
 
 class Service:
@@ -90,13 +90,12 @@ class Service:
         except Denied as error:  # the gatekeeper has let it pass, and the file has changed since
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
             return
-        carrier = Carrier(context, user, self.intake, self.metrics.sent_bytes.inc)
+        carrier = Carrier(context, user, self.intake)
         self.carriers.add(carrier)
         try:
             session = await self._admit(carrier)
             while session is not None and not carrier.gone:
                 data = await carrier.read()
-                self.metrics.received_bytes.inc(len(data))
                 await carrier.breathe()
                 session.heard_at = time.monotonic()
                 if is_ping(data):
@@ -213,6 +212,8 @@ class Service:
             "plora_kv_bytes_used": ("KV cache in use, in whole blocks.", pool.held_bytes),
             "plora_kv_bytes_budget": ("KV cache that may be used.", pool.blocks * pool.block_bytes),
             "plora_inbox_bytes": ("Frames that wait for their sessions.", self.intake.held_bytes),
+            "plora_received_bytes_total": ("Frames from devices, without gRPC's framing.", self.intake.received_bytes),
+            "plora_sent_bytes_total": ("Frames to devices, without gRPC's framing.", self.intake.sent_bytes),
             "plora_engine_seconds_total": ("That the engine worked.", self.scheduler.counters.seconds),
             "plora_evicted_total": ("Sessions sent away to make room.", self.room.evicted),
         }
@@ -229,16 +230,16 @@ class Service:
 
     async def watch(self) -> None:
         """Ends what is past its time; runs as long as the server."""
-        trimmed_at, trimmed_batches = time.monotonic(), 0
-        refreshed_at = trimmed_at
+        trimmed_at = refreshed_at = time.monotonic()
+        busy = False
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             now = time.monotonic()
             if now - refreshed_at > REFRESH_SECONDS:
                 refreshed_at = now
                 self._refresh()
-            if now - trimmed_at > TRIM_SECONDS and self.scheduler.counters.batches > trimmed_batches:
-                trimmed_at, trimmed_batches = now, self.scheduler.counters.batches
+            if now - trimmed_at > TRIM_SECONDS and (self.carriers or busy):
+                trimmed_at, busy = now, bool(self.carriers)
                 self.worker.submit(give_back)
             for carrier in list(self.carriers):
                 if carrier.due is not None and now > carrier.due:

@@ -69,6 +69,7 @@ class Transport:
         self.reader: asyncio.Task[None] | None = None
         self.sending = asyncio.Lock()
         self.channel: grpc.aio.Channel | None = None
+        self.call: grpc.aio.StreamStreamCall | None = None
 
     async def connect(self, seconds: float | None = None) -> None:
         """Raises Unreachable if nothing answers at the address within `seconds`, or connect_seconds; Untrusted if it is not our cloud."""
@@ -114,6 +115,7 @@ class Transport:
         return Ended(None, None)
 
     async def _read(self) -> None:
+        assert self.call is not None  # connect made it
         try:
             while isinstance(data := await self.call.read(), bytes):
                 self.frames.append(data)
@@ -142,7 +144,8 @@ class Transport:
     def fail(self, why: str) -> None:
         """The connection is over: whoever waits to send or to receive learns it."""
         self.ended = self.ended or Unreachable(f"{self.address}: {why}")
-        self.call.cancel()
+        if self.call is not None:
+            self.call.cancel()
         self._wake()
 
     async def send(self, data: bytes) -> None:
@@ -150,7 +153,7 @@ class Transport:
         connection, since its frame is missing on it."""
         try:
             async with self.sending:  # grpc ends a call in which two write at a time
-                if self.ended is None:
+                if self.ended is None and self.call is not None:
                     await self.call.write(data)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the cloud may have said why before it closed: the next receive tells
@@ -176,7 +179,9 @@ class Transport:
     async def close(self) -> None:
         """Safe to call in any state, and twice."""
         if self.reader is not None:
-            self.call.cancel()
+            if self.call is not None:
+                self.call.cancel()
             await asyncio.wait([self.reader])
         if self.channel is not None:
             await self.channel.close()
+        self.call = None  # while there is one, the socket stays open, whatever the channel was told
