@@ -14,7 +14,7 @@ from .errors import PloraError
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
 QUIET_GRPC = {"GRPC_VERBOSITY": "NONE"}
-"""gRPC's core writes lines of its own to standard error, of handshakes that failed for instance; we say ourselves what a person can act on."""
+"""gRPC's core writes lines of its own to standard error, of handshakes that failed for instance; we say what a person can act on."""
 CLICK_CONTEXT: dict[str, Any] = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 """Context settings of every command."""
 

@@ -14,14 +14,13 @@ import grpc
 import grpc.aio
 
 from ..artifact.errors import PloraError
+from ..protocol.limits import TOKEN_KEY, TOKEN_SCHEME
 from . import token_file
 from .logs import event
 from .quota import Quota
 
 log = logging.getLogger("plora.cloud")
 
-HEADER, SCHEME = "authorization", "Bearer "
-"""RFC 6750, section 2.1."""
 DENIED = "the access token is missing, unknown or expired"
 """One answer for all of these: which of them it was is nobody's business."""
 OPEN_TO_ALL = "/grpc.health.v1.Health/"
@@ -82,10 +81,10 @@ class Guard:
         """(user, hash of the token) of a call; two empty strings if no token is asked for. Raises Denied."""
         if self.path is None:
             return "", ""
-        shown = [value for key, value in metadata if key == HEADER]
-        if len(shown) != 1 or not isinstance(shown[0], str) or not shown[0].startswith(SCHEME):
+        shown = [value for key, value in metadata if key == TOKEN_KEY]
+        if len(shown) != 1 or not isinstance(shown[0], str) or not shown[0].startswith(TOKEN_SCHEME):
             raise Denied(DENIED)
-        hashed = token_file.digest(shown[0][len(SCHEME) :])  # looked up by its hash: how long that takes tells nothing of a token
+        hashed = token_file.digest(shown[0][len(TOKEN_SCHEME) :])  # looked up by its hash: how long that takes tells nothing of a token
         name, expires = self._users.get(hashed, ("", 0.0))
         if self.clock() >= expires:
             raise Denied(DENIED)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ..artifact.addresses import host_and_port, is_loopback
 from ..artifact.errors import Unreachable, UsageError
 from ..artifact.manifest import CloudManifest, check_files, read_manifest
 from . import tls, token_file
-from .config import ServerConfig, host_and_port, is_loopback
+from .config import ServerConfig
 
 HEALTH_SECONDS = 5.0
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..artifact.addresses import host_and_port, is_loopback
 from ..artifact.errors import UsageError
 from .quota import Quota, check_quota
 from .tls import Files
@@ -107,19 +107,3 @@ class ServerConfig:
         for flag, seconds in (("--drain-seconds", self.drain_seconds), ("--grace-seconds", self.grace_seconds)):
             if not 0 <= seconds < math.inf:
                 raise UsageError(f"{flag} {seconds}: expected 0 or more, and finite")
-
-
-def host_and_port(flag: str, address: str) -> tuple[str, int]:
-    """HOST:PORT, an IPv6 host in brackets -> (host without them, port). Raises UsageError."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{flag} {address}: expected HOST:PORT, port 0 to 65535 (0 picks a free one)")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Of a name only localhost is: where others lead is not in our hands."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -18,11 +18,12 @@ from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
 
+from ..artifact.addresses import host_and_port
 from ..artifact.errors import UsageError
 from ..artifact.memory import give_back
 from ..protocol.limits import METHOD, SERVICE, device_frame_bytes
 from .access import Gatekeeper, Guard
-from .config import ServerConfig, host_and_port
+from .config import ServerConfig
 from .engine import Engine
 from .logs import event
 from .metrics import Metrics

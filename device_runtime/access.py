@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import os
 import re
 import socket
@@ -17,10 +16,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from ..artifact.addresses import host_and_port, is_loopback
 from ..artifact.errors import MissingFile, Unreachable, Untrusted, UsageError
+from ..protocol.limits import TOKEN_KEY, TOKEN_SCHEME
 
-HEADER, SCHEME = "authorization", "Bearer "
-"""RFC 6750, section 2.1."""
 TOKEN_VARIABLE = "PLORA_TOKEN"
 PIN = re.compile(r"[0-9a-f]{64}")
 
@@ -61,12 +60,12 @@ class Access:
 
     def secures(self, address: str) -> bool:
         """Whether connections to host:port are TLS."""
-        return self._says_tls or not (self.plaintext or _is_loopback(_host(address)))
+        return self._says_tls or not (self.plaintext or is_loopback(host_and_port("--cloud", address)[0]))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Of every call."""
-        return ((HEADER, SCHEME + self.token),) if self.token else ()
+        return ((TOKEN_KEY, TOKEN_SCHEME + self.token),) if self.token else ()
 
     async def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
         """Raises Untrusted if a pin does not fit, Unreachable, MissingFile."""
@@ -90,7 +89,7 @@ class Access:
                 context.load_cert_chain(self.client_cert, self.client_key)
             except (OSError, ssl.SSLError) as error:
                 raise UsageError(f"--client-cert {self.client_cert}, --client-key {self.client_key}: {error}") from None
-        host, port = _host(address), int(address.rpartition(":")[2])
+        host, port = host_and_port("--cloud", address)
         try:
             with (
                 socket.create_connection((host, port), PIN_SECONDS) as plain,
@@ -144,14 +143,3 @@ def _read(flag: str, path: Path) -> bytes:
 
 def _digits(pin: str) -> str:
     return pin.lower().replace("sha256:", "").replace(":", "")
-
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

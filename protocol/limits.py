@@ -11,6 +11,8 @@ MAJOR = PROTOCOL_MAJOR
 MINOR = 3
 SERVICE = "plora.v1.PrivateLora"
 METHOD = "Exchange"
+TOKEN_KEY, TOKEN_SCHEME = "authorization", "Bearer "
+"""Of a call's metadata, before the access token, where the cloud asks for one (RFC 6750, section 2.1)."""
 
 MAX_FRAME_BYTES = 4 << 20
 """Largest frame: gRPC's own default, so that no proxy or client needs a setting, and a slow peer cannot make us hold more."""
