@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 CODE := artifact protocol models export cloud_server device_runtime tests bench deploy tools examples
 
-.PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts bench-load bench-soak bench-fuzz \
+.PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts bench-load bench-soak bench-fuzz image \
 	bench-privacy bench-recall persona clean
 
 install: $(VENV)/.installed
@@ -77,6 +77,10 @@ bench-load: install
 # An hour of mixed load with cuts, kills and hostile peers against one cloud: docs/results/soak.json
 bench-soak: install
 	$(BIN)/python -m bench.soak
+
+# The container: built, tried and described without a Docker engine if need be (root); docs/operating.md
+image: install
+	$(BIN)/python deploy/image.py all
 
 # Coverage-guided fuzzing of codec, handshake, stream, service and device: docs/results/fuzz.json
 bench-fuzz: install

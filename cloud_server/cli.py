@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..artifact.console import CLICK_CONTEXT, reports_errors
+from ..artifact.console import CLICK_CONTEXT, INTERRUPTED, reports_errors
 from ..artifact.errors import UsageError
 from .options import PATH, server_options, settings, unknown_variables
 
@@ -39,6 +41,11 @@ def serve(as_json: bool, verbose: bool, log_format: str, log_level: str, **value
     and tokens stay on the device. Beyond loopback it wants TLS and access tokens, unless told otherwise. Every flag may be given in
     the environment, as in PLORA_CLOUD_KV_BYTES, or in a file (--config). docs/operating.md has the whole story.
     """
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # until it serves there is nothing to clean up, and an exception may get lost in an import
+        signal.signal(number, lambda *_: os._exit(INTERRUPTED))
     from .logs import event, set_up
     from .serve import serve
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import re
 import secrets
 import stat
@@ -101,9 +102,12 @@ def readable_by_others(path: Path) -> bool:
 
 
 def write(path: Path, file: TokenFile) -> None:
-    """Whole or not at all, for its owner alone."""
+    """Whole or not at all, for its owner alone, who stays the same."""
+    owner = path.stat() if path.exists() and os.geteuid() == 0 else None  # root may do it for a server that is not
     with new_file(path) as temporary:
         temporary.touch(mode=0o600)
+        if owner is not None:
+            os.chown(temporary, owner.st_uid, owner.st_gid)
         temporary.write_text(json.dumps(plain(file), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

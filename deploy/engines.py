@@ -100,7 +100,7 @@ class Daemon:
     @contextmanager
     def files(self, tag: str) -> Iterator[Path]:
         """A folder with the image's files."""
-        name = run(self.name, "create", tag).strip()
+        name = run(self.name, "create", tag, "true").strip()  # a base that was imported names no command
         try:
             with tempfile.TemporaryDirectory() as folder:
                 export = subprocess.Popen([self.name, "export", name], stdout=subprocess.PIPE)

@@ -30,22 +30,28 @@ STOP_SECONDS = GRACE_SECONDS + 5.0
 PYTHON = "/opt/plora/bin/python"
 CLOUD = "/opt/plora/bin/plora-cloud"
 PROBE = """
-import json, os, socket
-status = dict(line.split(":", 1) for line in open("/proc/1/status").read().splitlines())
+import json, os
 def writable(folder):
+    path = os.path.join(folder, "probe")
     try:
-        with open(os.path.join(folder, "probe"), "w"):
-            pass
+        open(path, "w").close()
     except OSError:
         return False
-    os.unlink(os.path.join(folder, "probe"))
+    os.unlink(path)
     return True
-folders = [folder for folder, names, _ in os.walk("/", topdown=True) if names.__setitem__(slice(None), [
-    name for name in names if os.path.join(folder, name) not in ("/proc", "/sys", "/dev")]) is None and writable(folder)]
-print(json.dumps({"uid": status["Uid"].split(), "capabilities": status["CapEff"].strip(), "no_new_privileges": status["NoNewPrivs"].strip(),
-                  "writable": folders}))
+found, setuid = [], []
+for folder, below, names in os.walk("/"):
+    if folder == "/":
+        below[:] = [name for name in below if name not in ("proc", "sys", "dev")]
+    found += [folder] if writable(folder) else []
+    setuid += [name for name in names if os.lstat(os.path.join(folder, name)).st_mode & 0o6000]
+status = dict(line.split(":", 1) for line in open("/proc/1/status"))
+print(json.dumps({
+    "uid": status["Uid"].split(), "capabilities": status["CapEff"].strip(), "no_new_privileges": status["NoNewPrivs"].strip(),
+    "writable": found, "setuid": setuid,
+}))
 """
-"""Runs inside: what the first process may do, and where a file can be written."""
+"""Runs inside: what the first process may do, where a file can be written, and what would run as somebody else."""
 
 
 def smoke(engine: Engine, tag: str, scratch: Path, artifact: Path | None, prompt: str) -> None:
@@ -139,10 +145,10 @@ def confined(container: Container) -> None:
     if probe.returncode:
         raise DeployError(f"the probe failed: {probe.stderr[-600:]}")
     found: dict[str, Any] = json.loads(probe.stdout)
-    expected = {"uid": [str(UID)] * 4, "capabilities": "0" * 16, "no_new_privileges": "1", "writable": []}
+    expected = {"uid": [str(UID)] * 4, "capabilities": "0" * 16, "no_new_privileges": "1", "writable": [], "setuid": []}
     if found != expected:
         raise DeployError(f"the container is confined to {found}, expected {expected}")
-    print(f"smoke: uid {UID}, no capability, no new privileges, no folder that it could write to", flush=True)
+    print(f"smoke: uid {UID}, no capability, no new privileges, no setuid program, no folder that it could write to", flush=True)
 
 
 def watched(container: Container, engine: str) -> None:

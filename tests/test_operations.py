@@ -395,3 +395,13 @@ def test_a_second_signal_ends_it_at_once(made: Made) -> None:
         assert process.wait(BOUND_SECONDS) == 0
         with pytest.raises(Unreachable):
             answer(session, IDS, 4)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 0.9, 1.5])
+def test_a_server_that_is_told_to_stop_while_it_starts_does(made: Made, seconds: float) -> None:
+    """Wherever it is: an exception that is raised in the middle of an import may vanish there."""
+    with running([command("plora-cloud"), "serve", str(made.out / "cloud"), "--listen", "127.0.0.1:0", "--kv-bytes", "1000000"]) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(BOUND_SECONDS) in (0, 130, -signal.SIGTERM)  # it serves already, is starting, is not even that
