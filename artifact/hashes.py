@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .errors import DamagedFile, MissingFile
@@ -32,7 +33,7 @@ class Contract:
     base: str
     exit: str
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of the canonical JSON, as 64 hex digits."""
         return hashlib.sha256(canonical_json(self)).hexdigest()

@@ -265,17 +265,19 @@ class Link:
                 except TimeoutError:
                     seconds = self.deadlines.give_up_seconds
                     raise Unreachable(f"{why}; tried for {seconds:g} s to go on") from None
+                pause = 0.0
                 try:
                     return await greet(transport, GREETING_SECONDS + self.round_trip.patience_seconds(0, unanswered))
                 except (Unreachable, TimeoutError):
                     unanswered += 1
                 except (ServerFull, ServerStopping, QuotaReached) as refusal:
-                    why = str(refusal)
-                    await asyncio.sleep(self._pause_seconds(began) + refusal.retry_after_millis / 4000)
+                    why, pause = str(refusal), self._pause_seconds(began) + refusal.retry_after_millis / 4000
                 except BaseException:
                     await transport.close()
                     raise
                 await transport.close()
+                left = began + self.deadlines.give_up_seconds - time.monotonic()
+                await asyncio.sleep(max(0.0, min(pause, left)))  # the cloud may name any time: we do not wait beyond our own
         except asyncio.CancelledError:
             if self.interrupted and self._trying is not None:
                 self.interrupted = False

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from ..artifact.errors import AccessDenied, PloraError, Unreachable, Untrusted
-from ..protocol.limits import MAX_FRAME_BYTES, METHOD, SERVICE
+from ..protocol.limits import MAX_FRAME_BYTES, MAX_UNRECEIVED_FRAMES, METHOD, SERVICE
 from .access import Access, why_untrusted
 
 PATH = f"/{SERVICE}/{METHOD}"
@@ -35,6 +35,8 @@ class Deadlines:
     give_up_seconds: float = 60.0
 
 
+READ_AHEAD_FRAMES = MAX_UNRECEIVED_FRAMES + 4
+"""Frames held for whoever receives: all that a cloud may have on its way, and a few pongs. One that says more is not read meanwhile."""
 REFUSAL_SECONDS = 2.0
 """For the cloud to refuse a call: it does so at once, or not at all."""
 
@@ -53,8 +55,8 @@ class Interrupted(Exception):
 class Transport:
     """One connection: sends and receives frame bytes. heard_at: when the last one came, by time.monotonic.
 
-    One task reads all the time: a write on a stream that the cloud has ended would discard what grpc has not read yet, and that
-    is the fault which says why. And a read that is cancelled ends the whole call, so whoever waits is woken instead.
+    One task reads all the time, READ_AHEAD_FRAMES ahead: a write on a stream that the cloud has ended would discard what grpc has not
+    read yet, and that is the fault which says why. And a read that is cancelled ends the whole call, so whoever waits is woken instead.
     """
 
     def __init__(self, address: str, deadlines: Deadlines, access: Access = Access()) -> None:  # noqa: B008  frozen
@@ -68,6 +70,7 @@ class Transport:
         self.waiter: asyncio.Future[None] | None = None
         self.reader: asyncio.Task[None] | None = None
         self.sending = asyncio.Lock()
+        self.room = asyncio.Event()
         self.channel: grpc.aio.Channel | None = None
         self.call: grpc.aio.StreamStreamCall | None = None
 
@@ -121,6 +124,9 @@ class Transport:
                 self.frames.append(data)
                 self.heard_at = time.monotonic()
                 self._wake()
+                if len(self.frames) >= READ_AHEAD_FRAMES and self.ended is None:
+                    self.room.clear()
+                    await self.room.wait()
             self.fail("the cloud ended the stream without a word")
         except grpc.aio.AioRpcError as error:
             status = Ended(error.code(), error.details())
@@ -146,6 +152,7 @@ class Transport:
         self.ended = self.ended or Unreachable(f"{self.address}: {why}")
         if self.call is not None:
             self.call.cancel()
+        self.room.set()  # the reader learns it, too
         self._wake()
 
     async def send(self, data: bytes) -> None:
@@ -168,6 +175,7 @@ class Transport:
         """The next frame. Raises Interrupted, or Unreachable if the stream ended. Whoever calls sets the deadline."""
         while not self.interrupted:
             if self.frames:
+                self.room.set()
                 return self.frames.popleft()
             if self.ended is not None:
                 raise self.ended
@@ -179,8 +187,7 @@ class Transport:
     async def close(self) -> None:
         """Safe to call in any state, and twice."""
         if self.reader is not None:
-            if self.call is not None:
-                self.call.cancel()
+            self.fail("the connection was closed")
             await asyncio.wait([self.reader])
         if self.channel is not None:
             await self.channel.close()

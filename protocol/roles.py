@@ -373,7 +373,8 @@ class CloudSession(Session):
     def _on_cancel(self, frame: pb.Cancel) -> CancelAsked:
         length = self._before(frame.step)
         if length is None:
-            raise RemoteProtocolError(f"cancel of step {frame.step}, the last one is {self.step}", "BAD_STEP")
+            oldest = f", the oldest in flight {self.steps[0].number}" if self.steps else ""
+            raise RemoteProtocolError(f"cancel of step {frame.step}, the last one is {self.step}{oldest}", "BAD_STEP")
         self._cancelling = (frame.step, length)
         return CancelAsked(frame.step, length)
 

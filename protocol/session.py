@@ -214,8 +214,9 @@ class Session:
         self._done = deque(((number, min(position, length)) for number, position in self._done), self._done.maxlen)
 
     def _before(self, number: int) -> int | None:
-        """Tokens that the cache holds once step `number` and all after it are given up; None for a step long done or never begun."""
-        own = [(step.number, step.position) for step in self.steps]
+        """Tokens that the cache holds once step `number` and all after it are given up; None for a step long done or never begun, and for
+        one behind another in flight: what that one cached would be counted, and is not there."""
+        own = [(step.number, step.position) for step in self.steps[:1]]
         return dict((*self._done, *own)).get(number)
 
     def _give_up(self, number: int, length: int) -> None:
