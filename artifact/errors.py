@@ -39,6 +39,11 @@ A message says what was got, what was expected, where, and what to do.
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """What a peer says, as it may be shown: no control characters, which a terminal would obey."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 class PloraError(Exception):
     """Base of all errors that a user can act on."""
 

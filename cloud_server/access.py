@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import grpc
 import grpc.aio
 
 from ..artifact.errors import PloraError
+from ..artifact.watched import Stamp, stamp
 from ..protocol.limits import TOKEN_KEY, TOKEN_SCHEME
 from . import token_file
 from .logs import event
@@ -23,7 +25,7 @@ log = logging.getLogger("plora.cloud")
 
 DENIED = "the access token is missing, unknown or expired"
 """One answer for all of these: which of them it was is nobody's business."""
-OPEN_TO_ALL = "/grpc.health.v1.Health/"
+OPEN_TO_ALL = "/grpc.health.v1.Health/Check"
 
 
 class Denied(PloraError):
@@ -32,8 +34,8 @@ class Denied(PloraError):
 
 @dataclass(frozen=True)
 class User:
-    """name: of the user, or `host:…`, `certificate:…`; token: hash of the access token that they came with, "" for none. Whoever has a
-    token or a certificate has shown who they are: their sessions are taken up by nobody else."""
+    """name: of the user, or `certificate:…` with its common name (or hash), or `host:…`; token: hash of the access token that they came
+    with, "" for none. Whoever has a token or a certificate has shown who they are: their sessions are taken up by nobody else."""
 
     name: str
     token: str = ""
@@ -44,18 +46,20 @@ class User:
 
 
 class Guard:
-    """Knows the users. path: of the token file, None for none: then a call needs no token. quota: of users whose entry has none."""
+    """Knows the users. path: of the token file, None for none: then a call needs no token. quota: of users, where their entry
+    says nothing else."""
 
     def __init__(self, path: Path | None, quota: Quota, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self.quota = quota
         self.clock = clock
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: Stamp | None = None
+        self._told = ""
         self._users: dict[str, tuple[str, float]] = {}
         self._quotas: dict[str, Quota] = {}
         if path is not None:
+            self._stamp = stamp(path)
             self._take(token_file.read(path))
-            self._stamp = _stamp(path)
 
     def _take(self, file: token_file.TokenFile) -> None:
         self._users = {
@@ -63,18 +67,20 @@ class Guard:
             for name, entry in file.users.items()
             for token in entry.tokens
         }
-        self._quotas = {name: entry.quota for name, entry in file.users.items() if entry.quota is not None}
+        self._quotas = {name: replace(self.quota, **entry.quota) for name, entry in file.users.items()}
 
     def refresh(self) -> None:
         """Reads the file again if it has changed. One that cannot be read changes nothing: those who are known stay known."""
-        if self.path is None or (stamp := _stamp(self.path)) == self._stamp:
+        if self.path is None or (found := stamp(self.path)) == self._stamp:
             return
-        self._stamp = stamp
         try:
             self._take(token_file.read(self.path))
-        except PloraError as error:
-            event(log, logging.ERROR, "access tokens not read again, the old ones stay", reason=str(error))
+        except PloraError as error:  # tried again the next time, but told of once
+            if self._told != str(error):
+                self._told = str(error)
+                event(log, logging.ERROR, "access tokens not read again, the old ones stay", reason=str(error))
         else:
+            self._stamp, self._told = found, ""
             event(log, logging.INFO, "access tokens read again", users=len({name for name, _ in self._users.values()}))
 
     def check(self, metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, str]:
@@ -97,9 +103,12 @@ class Guard:
             return User(name, hashed)
         if not hasattr(context, "peer"):
             return User("host:")
-        shown = context.auth_context().get("x509_common_name", ())  # of a certificate that the handshake has verified
-        if shown:
-            return User(f"certificate:{shown[0].decode(errors='replace')}")
+        shown = context.auth_context()  # of a certificate that the handshake has verified
+        names = [name.decode(errors="replace") for name in shown.get("x509_common_name", ()) if name]
+        if len(names) == 1:
+            return User(f"certificate:{names[0]}")
+        if shown.get("x509_pem_cert"):
+            return User(f"certificate:sha256:{hashlib.sha256(shown['x509_pem_cert'][0]).hexdigest()}")
         return User(f"host:{context.peer().rpartition(':')[0]}")
 
     def stands(self, user: User) -> bool:
@@ -111,33 +120,23 @@ class Guard:
 
 
 class Gatekeeper(grpc.aio.ServerInterceptor):
-    """Turns calls away that the guard does not know, whatever method they ask for. on_denied: told of each."""
+    """Turns calls away that the guard does not know, whatever method they ask for. on_denied: told of each and of its peer."""
 
-    def __init__(self, guard: Guard, on_denied: Callable[[], None]) -> None:
+    def __init__(self, guard: Guard, on_denied: Callable[[str], None]) -> None:
         self.guard = guard
         self.on_denied = on_denied
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        if not handler_call_details.method.startswith(OPEN_TO_ALL):
+        if handler_call_details.method != OPEN_TO_ALL:
             try:
                 self.guard.check(handler_call_details.invocation_metadata)
             except Denied as error:
-                self.on_denied()
-                return _turned_away(str(error))
+                return self._turn_away(str(error))
         return await continuation(handler_call_details)
 
+    def _turn_away(self, why: str) -> Any:
+        async def deny(_: Any, context: Any) -> None:
+            self.on_denied(context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
 
-def _turned_away(why: str) -> Any:
-    async def deny(_: Any, context: Any) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
-
-    return grpc.stream_stream_rpc_method_handler(deny)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes whenever the file does, also if another one takes its place."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        return grpc.stream_stream_rpc_method_handler(deny)

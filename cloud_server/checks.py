@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import stat
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ def check(config: ServerConfig, unknown_variables: list[str]) -> Findings:
         facts.append(f"{config.door.tls.certificate}: sha256:{tls.fingerprint(config.door.tls.certificate)}, until {pair.expires:%Y-%m-%d}")
         if (left := pair.expires - datetime.datetime.now(datetime.UTC)).days < tls.SOON_DAYS:
             warnings.append(f"{config.door.tls.certificate}: expires in {left.days} days")
+        if config.door.tls.key.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+            warnings.append(f"{config.door.tls.key}: others on this machine can read it, or its group change it; chmod 600 or 640")
     if config.door.tokens is not None:
         users = token_file.read(config.door.tokens).users
         facts.append(f"{config.door.tokens}: {len(users)} users, {sum(len(entry.tokens) for entry in users.values())} tokens")
@@ -46,7 +49,9 @@ def check(config: ServerConfig, unknown_variables: list[str]) -> Findings:
             warnings.append(f"{config.door.tokens}: others on this machine can read it; chmod 600")
     if not is_loopback(host_and_port("--listen", config.door.listen)[0]):
         warnings += ["--without-tls: whoever is on the way reads and changes everything"] if config.door.tls is None else []
-        warnings += ["--without-tokens: whoever asks is served"] if config.door.tokens is None else []
+        shown = config.door.tls is not None and config.door.tls.client_ca is not None
+        who = "whoever shows a certificate of --client-ca is served" if shown else "whoever asks is served"
+        warnings += [f"--without-tokens: {who}"] if config.door.tokens is None else []
     return Findings(facts, warnings)
 
 
@@ -79,7 +84,7 @@ def _ask_http(host: str, port: int) -> str:
 
 def _ask_grpc(host: str, port: int) -> str:
     where = _here(host, port)
-    with grpc.insecure_channel(where) as channel:
+    with grpc.insecure_channel(where, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_SECONDS)  # type: ignore[attr-defined]
         except grpc.RpcError as error:

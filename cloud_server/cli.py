@@ -14,6 +14,7 @@ import click
 
 from ..artifact.console import CLICK_CONTEXT, INTERRUPTED, reports_errors
 from ..artifact.errors import UsageError
+from ..artifact.folders import check_new
 from .options import PATH, server_options, settings, unknown_variables
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def check_config(as_json: bool, **values: Any) -> None:
 def health(**values: Any) -> None:
     """Ask the server that these settings describe, on this machine, whether it is ready; exit with 0 if so, else with 9.
 
-    Takes the same flags, environment and file as `serve`. Over --ops if there is one, else over gRPC's own health service, which it
-    cannot reach where devices must show certificates.
+    Takes the same flags, environment and file as `serve`. Over --ops if there is one, and there must be one if the server has
+    TLS; else over gRPC's own health service.
     """
     from .checks import ask_health
 
@@ -170,18 +171,24 @@ TOKENS = click.option("--tokens", required=True, type=PATH, envvar="PLORA_CLOUD_
 @click.option("--tokens-per-day", type=int, metavar="N", help="The same over a day.")
 @click.option("--connections", type=int, metavar="N", help="Connections at a time.")
 @click.option("--connections-per-minute", type=int, metavar="N", help="New connections.")
+@click.option("--out", type=PATH, metavar="FILE", help="Write the token to a new file that you alone can read, and print nothing.")
 @reports_errors
-def add(name: str, tokens: Path, days: float | None, **limits: int | None) -> None:
+def add(name: str, tokens: Path, days: float | None, out: Path | None, **limits: int | None) -> None:
     """Make a token for the user NAME and print it: it is not kept, and cannot be shown again.
 
     A user may have several, so that a new one can be handed out before the old one is revoked. Limits given here are the user's own, for
-    all of their tokens; those not given then have no limit.
+    all of their tokens; limits not given stay as they are, that is, as the server has them if nobody has ever said otherwise.
     """
     from . import token_file
-    from .quota import Quota
 
-    given = {key: value for key, value in limits.items() if value is not None}
-    click.echo(token_file.add(tokens, name, days, Quota(**given) if given else None))
+    if out is not None:
+        check_new(out)
+    token = token_file.add(tokens, name, days, {key: value for key, value in limits.items() if value is not None})
+    if out is None:
+        click.echo(token)
+    else:
+        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{token}\n")
 
 
 @token.command("list")
@@ -198,9 +205,7 @@ def list_tokens(tokens: Path, as_json: bool) -> None:
         click.echo(json.dumps(plain(users)))
         return
     for name, entry in sorted(users.items()):
-        limits = ", ".join(f"{key} {value:,}" for key, value in plain(entry.quota or {}).items() if value) or "the server's limits"
-        if entry.quota is not None and not any(plain(entry.quota).values()):
-            limits = "no limits"
+        limits = ", ".join(f"{key} {value:,}" for key, value in sorted(entry.quota.items())) or "the server's limits"
         for each in entry.tokens:
             click.echo(
                 f"{name}  {each.sha256[:8]}  made {each.made}  {f'expires {each.expires}' if each.expires else 'never expires'}  {limits}"

@@ -48,15 +48,23 @@ def _time(record: logging.LogRecord) -> str:
     return datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
 
 
+def _what(record: logging.LogRecord) -> str:
+    """The event; of another library's message the first line, since those that tell of an exception quote it in the next."""
+    message = record.getMessage()
+    if not record.name.startswith("plora"):
+        message = message.partition("\n")[0]
+    return "".join(each if each.isprintable() else "?" for each in message)
+
+
 class JsonFormatter(logging.Formatter):
     """{"time", "level", "logger", "event", …fields} on a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": _time(record), "level": record.levelname.lower(), "logger": record.name, "event": record.getMessage()}
+        line = {"time": _time(record), "level": record.levelname.lower(), "logger": record.name, "event": _what(record)}
         return json.dumps({**line, **_fields(record)}, default=str)
 
 
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={json.dumps(value, default=str)}" for name, value in _fields(record).items())
-        return f"{_time(record)} {record.levelname:7} {record.getMessage()}{fields}"
+        return f"{_time(record)} {record.levelname:7} {_what(record)}{fields}"

@@ -5,6 +5,7 @@ A port of its own, since those who probe speak no TLS and have no token, and dev
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -20,6 +21,11 @@ MOST_READERS = 8
 """At a time; more are hung up on."""
 READER_SECONDS = 5.0
 """For whoever connects, to say what they want and to take it."""
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class Ops:
@@ -65,9 +71,13 @@ class Ops:
                     self.shutdown_request(request)
 
             def process_request_thread(self, request: Any, client_address: Any) -> None:
+                late = threading.Timer(READER_SECONDS, _hang_up, (request,))  # `timeout` is of each wait, not of all
+                late.daemon = True
+                late.start()
                 try:
                     super().process_request_thread(request, client_address)
                 finally:
+                    late.cancel()
                     readers.release()
 
             def handle_error(self, request: Any, client_address: Any) -> None:

@@ -9,6 +9,7 @@ import logging
 import resource
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -38,10 +39,20 @@ HANDSHAKE_SECONDS = 10
 """For a peer to get from a TCP connection through TLS and HTTP/2."""
 IDLE_CONNECTION_SECONDS = 60
 """For a connection that makes no call: whoever probes health comes again sooner, devices call at once."""
-CALLS_PER_CONNECTION = 16
+CALLS_PER_CONNECTION = 4
 """A device needs one; its attempts to reconnect have connections of their own."""
+CONNECTION_AGE_SECONDS = 600
+"""After which a connection takes no new call, though its open ones go on: nobody keeps one for ever by asking something now and then."""
 MORE_CONNECTIONS = 64
 """Beyond those that are served: they hear that the server is full, instead of nothing."""
+
+
+class Health(HealthServicer):
+    """gRPC's standard one, without Watch: needing no token, it would be a way to hold connections for ever, and whoever reads none of what
+    is written to them would hold up the server's end. Those who probe ask Check (the specification lets a server do so)."""
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Check")
 
 
 def make_engine(config: ServerConfig) -> Engine:
@@ -67,6 +78,7 @@ def make_server(config: ServerConfig, service: Service, health: HealthServicer) 
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
             ("grpc.max_connection_idle_ms", 1000 * IDLE_CONNECTION_SECONDS),
+            ("grpc.max_connection_age_ms", 1000 * CONNECTION_AGE_SECONDS),
             ("grpc.max_concurrent_streams", CALLS_PER_CONNECTION),
             ("grpc.max_allowed_incoming_connections", config.limits.connections + MORE_CONNECTIONS),
         ],
@@ -97,6 +109,13 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def _watch_ended(watch: asyncio.Task[None], stop: asyncio.Event) -> None:
+    """Without it nothing would ever expire: a server that has lost it stops."""
+    if not watch.cancelled() and (error := watch.exception()) is not None:
+        log.error("the watch over deadlines ended", exc_info=error)
+        stop.set()
+
+
 async def serve(config: ServerConfig, ready: Callable[[str, str | None, Engine], None]) -> None:
     """Serves until SIGTERM or SIGINT, a second of which ends it at once; calls `ready(address, ops address, engine)` once it listens."""
     raise_file_limit()
@@ -107,7 +126,7 @@ async def serve(config: ServerConfig, ready: Callable[[str, str | None, Engine],
     engine = await asyncio.get_running_loop().run_in_executor(worker, make_engine, config)
     gc.freeze()  # the collector need not look through torch and the graph again and again
     service = Service(engine, config.limits, worker, guard=guard, metrics=metrics)
-    health = HealthServicer()
+    health = Health()
     server = make_server(config, service, health)
     address = listen(server, config, credentials)
     stop, now = asyncio.Event(), asyncio.Event()
@@ -119,6 +138,7 @@ async def serve(config: ServerConfig, ready: Callable[[str, str | None, Engine],
         host, port = host_and_port("--ops", config.door.ops)
         ops = Ops(host, port, metrics, lambda: service.ready)
     watch = asyncio.create_task(service.watch())
+    watch.add_done_callback(lambda done: _watch_ended(done, stop))
     await server.start()
     for name in ("", SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -128,7 +148,9 @@ async def serve(config: ServerConfig, ready: Callable[[str, str | None, Engine],
     await stop.wait()
     service.ready = False
     event(log, logging.INFO, "stopping", connections=len(service.carriers), sessions=len(service.sessions))
-    await health.enter_graceful_shutdown()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await health.enter_graceful_shutdown()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(config.drain_seconds):
             await now.wait()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from concurrent.futures import Executor
 from typing import Any
 
@@ -45,6 +46,9 @@ REFRESH_SECONDS = 2.0
 PAUSE_SECONDS = 2.0
 """Of a device between two steps of one answer, at most: one that is quiet for longer has its answer, and may be told to move."""
 
+DENIED_HOSTS = 1000
+"""Whose calls without a token are told apart."""
+
 FULL_MILLIS = 5000
 """After which somebody may have left: nobody knows."""
 
@@ -81,7 +85,7 @@ class Service:
         self.worker = engine_thread() if worker is None else worker
         self.scheduler = Scheduler(engine, self.worker, self.metrics.batch)
         self.room = Room(engine.pool, self.guard.quota_of, limits.lease_seconds, limits.quiet_seconds, self.worker)
-        self._denied = [0, 0]  # calls turned away, and those of them that the log has told of
+        self._denied: Counter[str] = Counter()  # calls turned away that the log has not told of, by host
 
     async def exchange(self, _: Any, context: Any) -> None:
         """The gRPC method's handler: one call of it per stream. It reads; what the session has to say it writes itself."""
@@ -193,10 +197,11 @@ class Service:
         except Gone:
             pass
 
-    def on_denied(self) -> None:
+    def on_denied(self, peer: str) -> None:
         """A call was turned away for want of a token. The log tells of that now and then, not of each: they may be many."""
         self.metrics.denied.inc()
-        self._denied[0] += 1
+        host = peer.rpartition(":")[0]
+        self._denied[host if host in self._denied or len(self._denied) < DENIED_HOSTS else "others"] += 1
 
     # The house
 
@@ -263,9 +268,10 @@ class Service:
                 carrier.drop()
 
     def _tell_denied(self) -> None:
-        if self._denied[0] > self._denied[1]:
-            event(log, logging.WARNING, "calls without a valid access token", calls=self._denied[0] - self._denied[1])
-            self._denied[1] = self._denied[0]
+        if self._denied:
+            most = dict(self._denied.most_common(3))
+            event(log, logging.WARNING, "calls without a valid access token", calls=self._denied.total(), most_from=most)
+            self._denied.clear()
 
     async def stop(self, grace_seconds: float, now: asyncio.Event | None = None) -> None:
         """No new sessions. Those that wait for their devices for more than a moment, and those without a connection, are told to move; the

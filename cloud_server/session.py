@@ -91,6 +91,7 @@ class Session:
             self._leave()  # one that came in between
             if not self.machine.live:
                 raise RemoteProtocolError("no such session; begin a new one", "EXPIRED")
+            self.owner = carrier.user  # the same one, maybe with a newer token
             self.heard_at = self.acted_at = time.monotonic()
             self.lost_at = None
             self.carrier = carrier

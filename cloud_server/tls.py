@@ -10,12 +10,14 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ..artifact.errors import MissingFile, PloraError, UsageError
+from ..artifact.errors import PloraError, UsageError
 from ..artifact.folders import new_folder
+from ..artifact.watched import read_named, stamp
 from .logs import event
 
 log = logging.getLogger("plora.cloud")
@@ -54,8 +56,8 @@ class Pair:
 def read(files: Files) -> Pair:
     """Raises MissingFile for a file that cannot be read, UsageError for one that is not what it should be, a key that belongs to another
     certificate, and a certificate that has expired or is not valid yet."""
-    certificate, key = _bytes("--tls-cert", files.certificate), _bytes("--tls-key", files.key)
-    client_ca = None if files.client_ca is None else _bytes("--client-ca", files.client_ca)
+    certificate, key = read_named("--tls-cert", files.certificate), read_named("--tls-key", files.key)
+    client_ca = None if files.client_ca is None else read_named("--client-ca", files.client_ca)
     first = _certificate("--tls-cert", files.certificate, certificate)
     if files.client_ca is not None and client_ca is not None:
         _certificate("--client-ca", files.client_ca, client_ca)
@@ -63,7 +65,7 @@ def read(files: Files) -> Pair:
         private = serialization.load_pem_private_key(key, None)
     except TypeError:
         raise UsageError(f"--tls-key {files.key}: has a passphrase; decrypt it into a file that the server alone can read") from None
-    except (ValueError, NotImplementedError):
+    except (ValueError, UnsupportedAlgorithm):
         raise UsageError(f"--tls-key {files.key}: not a private key in PEM form") from None
     form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     if private.public_key().public_bytes(*form) != first.public_key().public_bytes(*form):
@@ -78,13 +80,6 @@ def read(files: Files) -> Pair:
     return Pair(certificate, key, client_ca, first.not_valid_after_utc)
 
 
-def _bytes(flag: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise MissingFile(f"{flag} {path}: cannot be read ({error.strerror})") from None
-
-
 def _certificate(flag: str, path: Path, pem: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificates(pem)[0]
@@ -97,8 +92,9 @@ class Credentials:
 
     def __init__(self, files: Files) -> None:
         self.files = files
+        self._stamp = stamp(*files.all)
+        self._told = ""
         self.pair = read(files)
-        self._stamps = self._look()
 
     def server_credentials(self) -> grpc.ServerCredentials:
         required = self.files.client_ca is not None
@@ -110,32 +106,23 @@ class Credentials:
 
     def refresh(self) -> bool:
         """Whether there is a new pair."""
-        stamps = self._look()
-        if stamps == self._stamps:
+        if (found := stamp(*self.files.all)) == self._stamp:
             return False
-        self._stamps = stamps
         try:
             self.pair = read(self.files)
-        except PloraError as error:
-            event(log, logging.ERROR, "certificate not read again, the old one stays", reason=str(error))
+        except PloraError as error:  # tried again the next time, but told of once
+            if self._told != str(error):
+                self._told = str(error)
+                event(log, logging.ERROR, "certificate not read again, the old one stays", reason=str(error))
             return False
+        self._stamp, self._told = found, ""
         event(log, logging.INFO, "certificate read again", expires=self.pair.expires.isoformat())
         return True
-
-    def _look(self) -> list[tuple[int, int] | None]:
-        found: list[tuple[int, int] | None] = []
-        for path in self.files.all:
-            try:
-                status = path.stat()
-                found.append((status.st_mtime_ns, status.st_ino))
-            except OSError:
-                found.append(None)
-        return found
 
 
 def fingerprint(path: Path) -> str:
     """SHA-256 of a PEM file's first certificate, hex: what `plora-device --pin` takes."""
-    return _certificate("--tls-cert", path, _bytes("--tls-cert", path)).fingerprint(hashes.SHA256()).hex()
+    return _certificate("--tls-cert", path, read_named("--tls-cert", path)).fingerprint(hashes.SHA256()).hex()
 
 
 def make_self_signed(hosts: tuple[str, ...], out: Path, days: int, replace: bool = False) -> str:
@@ -144,8 +131,8 @@ def make_self_signed(hosts: tuple[str, ...], out: Path, days: int, replace: bool
         raise UsageError(f"--days {days}: expected 1 to 3,650")
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     try:
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
         names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
     except ValueError:
         raise UsageError(f"--host {' '.join(hosts)}: expected host names in ASCII, or addresses") from None

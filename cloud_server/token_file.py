@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import stat
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..artifact.errors import DamagedFile, ManifestError, MissingFile, UsageError
@@ -22,6 +25,7 @@ PREFIX = "plora_"
 """So that scanners for leaked secrets know one when they see it."""
 TOKEN_BYTES = 32
 """Of randomness. Nobody guesses 256 bits, so one SHA-256 without salt hides them (NIST SP 800-63B, section 5.1.2.2, asks for 112)."""
+LIMITS = {field.name for field in fields(Quota)}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 """Of a user. No colon, so that no user is taken for a host."""
 
@@ -44,10 +48,10 @@ class AccessToken:
 
 @dataclass(frozen=True)
 class Entry:
-    """quota: None for the server's own."""
+    """quota: limits of this user's own, by name of Quota's fields, in place of the server's."""
 
     tokens: tuple[AccessToken, ...]
-    quota: Quota | None
+    quota: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class TokenFile:
         for name, entry in self.users.items():
             if not NAME.fullmatch(name):
                 raise ManifestError(f"user {name!r}: expected 1 to 64 letters, digits, dots, dashes, underscores or @")
-            if entry.quota is not None:
-                check_quota(entry.quota, f"user {name}: ")
+            if unknown := set(entry.quota) - LIMITS:
+                raise ManifestError(f"user {name}: no limit is called {', '.join(sorted(unknown))}; known: {', '.join(sorted(LIMITS))}")
+            check_quota(Quota(**entry.quota), f"user {name}: ")
 
 
 def instant(text: str) -> float:
@@ -89,7 +94,7 @@ def read(path: Path) -> TokenFile:
         raise MissingFile(f"{path}: not found; make it with `plora-cloud token add NAME --tokens {path}`") from None
     except OSError as error:
         raise MissingFile(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DamagedFile(f"{path}: not a JSON file") from None
     try:
         return decode(TokenFile, value, path.name)
@@ -102,40 +107,60 @@ def readable_by_others(path: Path) -> bool:
 
 
 def write(path: Path, file: TokenFile) -> None:
-    """Whole or not at all, for its owner alone, who stays the same."""
-    owner = path.stat() if path.exists() and os.geteuid() == 0 else None  # root may do it for a server that is not
+    """Whole or not at all; a new one for its owner alone, another one for those who could read the old one."""
+    before = path.stat() if path.exists() else None
     with new_file(path) as temporary:
-        temporary.touch(mode=0o600)
-        if owner is not None:
-            os.chown(temporary, owner.st_uid, owner.st_gid)
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=0o600, exist_ok=False)
+        if before is not None:
+            if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):  # root may do it for a server that is not
+                os.chown(temporary, before.st_uid if os.geteuid() == 0 else -1, before.st_gid)
+            temporary.chmod(stat.S_IMODE(before.st_mode))
         temporary.write_text(json.dumps(plain(file), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def add(path: Path, name: str, days: float | None, quota: Quota | None) -> str:
-    """A new token of `name`, beside those that they have; the only time that it can be seen. quota: None leaves theirs as it is."""
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Nobody else changes the file meanwhile: two who read, change and write would lose what the first one did. Raises UsageError if its
+    folder cannot be written to."""
+    try:
+        descriptor = os.open(path.absolute().parent / f".{path.name}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise UsageError(f"--tokens {path}: its folder cannot be written to ({error.strerror})") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def add(path: Path, name: str, days: float | None = None, quota: dict[str, int] | None = None) -> str:
+    """A new token of `name`, beside those that they have; the only time that it can be seen. quota: limits of theirs to set."""
     if not NAME.fullmatch(name):
         raise UsageError(f"user {name!r}: expected 1 to 64 letters, digits, dots, dashes, underscores or @, the first a letter or digit")
     if days is not None and not 0 < days <= 36_500:
         raise UsageError(f"--days {days:g}: expected above 0 and at most 36,500")
-    if quota is not None:
-        check_quota(quota)
-    file = read(path) if path.exists() else TokenFile(FORMAT, VERSION, {})
+    check_quota(Quota(**(quota or {})))
+    token = PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     expires = None if days is None else (now + datetime.timedelta(days=days)).isoformat()
-    token = PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
-    before = file.users.get(name, Entry((), None))
-    entry = Entry((*before.tokens, AccessToken(digest(token), now.isoformat(), expires)), before.quota if quota is None else quota)
-    write(path, replace(file, users={**file.users, name: entry}))
+    with alone(path):
+        file = read(path) if path.exists() else TokenFile(FORMAT, VERSION, {})
+        before = file.users.get(name, Entry((), {}))
+        made = AccessToken(digest(token), now.isoformat(), expires)
+        entry = Entry((*before.tokens, made), {**before.quota, **(quota or {})})
+        write(path, replace(file, users={**file.users, name: entry}))
     return token
 
 
 def revoke(path: Path, name: str, keep_newest: bool) -> int:
     """How many tokens of `name` are void from now on; with keep_newest all but the last made, else the user goes, too."""
-    file = read(path)
-    if name not in file.users:
-        raise UsageError(f"{path}: no user {name!r}; it has {', '.join(sorted(file.users)) or 'none'}")
-    entry = file.users[name]
-    kept = entry.tokens[-1:] if keep_newest else ()
-    users = {each: own for each, own in file.users.items() if each != name}
-    write(path, replace(file, users={**users, name: replace(entry, tokens=kept)} if kept else users))
+    with alone(path):
+        file = read(path)
+        if name not in file.users:
+            raise UsageError(f"{path}: no user {name!r}; it has {', '.join(sorted(file.users)) or 'none'}")
+        entry = file.users[name]
+        kept = entry.tokens[-1:] if keep_newest else ()
+        users = {each: own for each, own in file.users.items() if each != name}
+        write(path, replace(file, users={**users, name: replace(entry, tokens=kept)} if kept else users))
     return len(entry.tokens) - len(kept)

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import os
 import re
-import socket
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ import grpc
 import grpc.aio
 
 from ..artifact.addresses import host_and_port, is_loopback
-from ..artifact.errors import MissingFile, Unreachable, Untrusted, UsageError
+from ..artifact.errors import Unreachable, Untrusted, UsageError
+from ..artifact.watched import read_named
 from ..protocol.limits import TOKEN_KEY, TOKEN_SCHEME
 
 TOKEN_VARIABLE = "PLORA_TOKEN"
@@ -68,48 +68,43 @@ class Access:
         return ((TOKEN_KEY, TOKEN_SCHEME + self.token),) if self.token else ()
 
     async def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
-        """Raises Untrusted if a pin does not fit, Unreachable, MissingFile."""
+        """Raises Untrusted if a pin does not fit, Unreachable, MissingFile, UsageError for a file that is no certificate."""
+        direct = [*options, ("grpc.enable_http_proxy", 0)]  # a proxy would be sent in the clear what is meant for this machine
         if not self.secures(address):
-            return grpc.aio.insecure_channel(address, options)
-        roots = None if self.ca is None else _read("--ca", self.ca)
+            return grpc.aio.insecure_channel(address, direct)
+        roots = None if self.ca is None else read_named("--ca", self.ca)
+        if roots is not None:
+            _check_roots(self.ca, roots)
         if self.pins:
-            roots = await asyncio.to_thread(self._pinned, address)
-        key = None if self.client_key is None else _read("--client-key", self.client_key)
-        chain = None if self.client_cert is None else _read("--client-cert", self.client_cert)
+            roots, options = await self._pinned(address), direct
+        key = None if self.client_key is None else read_named("--client-key", self.client_key)
+        chain = None if self.client_cert is None else read_named("--client-cert", self.client_cert)
+        if self.client_cert is not None and self.client_key is not None:
+            _check_pair(self.client_cert, self.client_key)
         name = [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
         return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(roots, key, chain), [*options, *name])
 
-    def _pinned(self, address: str) -> bytes:
+    async def _pinned(self, address: str) -> bytes:
         """The cloud's own certificate, PEM, if it is one of those pinned: as the only root it makes every handshake check it again."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE  # its hash is what counts
-        if self.client_cert is not None and self.client_key is not None:
-            try:
-                context.load_cert_chain(self.client_cert, self.client_key)
-            except (OSError, ssl.SSLError) as error:
-                raise UsageError(f"--client-cert {self.client_cert}, --client-key {self.client_key}: {error}") from None
+        context.minimum_version = ssl.TLSVersion.TLSv1_3  # there it comes before ours would be asked for
         host, port = host_and_port("--cloud", address)
         try:
-            with (
-                socket.create_connection((host, port), PIN_SECONDS) as plain,
-                context.wrap_socket(plain, server_hostname=self.server_name or host) as secured,
-            ):
-                certificate = secured.getpeercert(binary_form=True) or b""
+            _, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=self.server_name or host)
         except ssl.SSLError as error:
             raise Untrusted(f"{address}: no TLS there ({error.reason or error})") from None
         except OSError as error:
             raise Unreachable(f"{address}: {error.strerror or error}; is plora-cloud running there?") from None
-        found = hashlib.sha256(certificate).hexdigest()
-        if found not in {_digits(pin) for pin in self.pins}:
+        certificate = writer.get_extra_info("ssl_object").getpeercert(True)
+        writer.transport.abort()
+        found = hashlib.sha256(certificate or b"").hexdigest()
+        if certificate is None or found not in {_digits(pin) for pin in self.pins}:
             raise Untrusted(
                 f"{address}: its certificate is sha256:{found}, which is not pinned; do not go on unless you know why it changed"
             )
         return ssl.DER_cert_to_PEM_cert(certificate).encode()
-
-
-PIN_SECONDS = 10.0
-"""For the handshake that fetches a pinned certificate."""
 
 
 def read_token(path: Path | None) -> str:
@@ -117,7 +112,7 @@ def read_token(path: Path | None) -> str:
     those. Raises MissingFile, UsageError."""
     if path is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
-    words = _read("--token-file", path).split()
+    words = read_named("--token-file", path).split()
     if len(words) != 1:
         raise UsageError(f"--token-file {path}: {len(words)} words, expected one access token")
     return words[0].decode(errors="replace")
@@ -134,11 +129,19 @@ def why_untrusted(details: str) -> str | None:
     return None
 
 
-def _read(flag: str, path: Path) -> bytes:
+def _check_roots(path: Path | None, roots: bytes) -> None:
+    """gRPC would fail to connect, and not say why."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise MissingFile(f"{flag} {path}: cannot be read ({error.strerror})") from None
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=roots.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise UsageError(f"--ca {path}: not a certificate in PEM form") from None
+
+
+def _check_pair(certificate: Path, key: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password="")
+    except (OSError, ssl.SSLError, ValueError):
+        raise UsageError(f"--client-cert {certificate}, --client-key {key}: not a certificate and its key in PEM form") from None
 
 
 def _digits(pin: str) -> str:

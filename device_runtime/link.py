@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from ..artifact.errors import QuotaReached, RemoteProtocolError, ServerFull, ServerStopping, SessionExpired, Unreachable
+from ..artifact.errors import PloraError, QuotaReached, RemoteProtocolError, ServerFull, ServerStopping, SessionExpired, Unreachable
 from ..protocol.events import Event, Opened, PongArrived, Terms
 from ..protocol.roles import DeviceSession
 from .pace import BEAT_SECONDS, QUIET_SECONDS, RoundTrip, pause_seconds
@@ -61,6 +61,7 @@ class Link:
         self._rescue: asyncio.Task[Transport] | None = None
         self._discarding: set[asyncio.Task[None]] = set()
         self._trying: asyncio.Task[object] | None = None
+        self._distrust: PloraError | None = None  # of an attempt that met somebody else than our cloud, or a file of ours that is gone
 
     # Opening
 
@@ -254,6 +255,7 @@ class Link:
             self.transport.interrupted = False
             raise Interrupted
         self.say(RECONNECTING)
+        self._distrust = None
         self._trying = asyncio.current_task()
         unanswered = 0
         try:
@@ -263,8 +265,8 @@ class Link:
                     async with asyncio.timeout(left):
                         transport = await self._next_connection(began)
                 except TimeoutError:
-                    seconds = self.deadlines.give_up_seconds
-                    raise Unreachable(f"{why}; tried for {seconds:g} s to go on") from None
+                    kind, why = (Unreachable, why) if self._distrust is None else (type(self._distrust), str(self._distrust))
+                    raise kind(f"{why}; tried for {self.deadlines.give_up_seconds:g} s to go on") from None
                 pause = 0.0
                 try:
                     return await greet(transport, GREETING_SECONDS + self.round_trip.patience_seconds(0, unanswered))
@@ -309,8 +311,10 @@ class Link:
                     done, _ = await asyncio.wait(attempts, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         transport = attempts.pop(task)
-                        if task.exception() is None:
+                        if (error := task.exception()) is None:
                             return transport
+                        if isinstance(error, PloraError) and type(error) is not Unreachable:
+                            self._distrust = error
                         await transport.close()
                 if not attempts and (left := until - time.monotonic()) > 0:
                     await asyncio.sleep(left)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import grpc
 import grpc.aio
 
-from ..artifact.errors import AccessDenied, PloraError, Unreachable, Untrusted
+from ..artifact.errors import AccessDenied, PloraError, Unreachable, Untrusted, printable
 from ..protocol.limits import MAX_FRAME_BYTES, MAX_UNRECEIVED_FRAMES, METHOD, SERVICE
 from .access import Access, why_untrusted
 
@@ -133,8 +133,8 @@ class Transport:
             if status.code is grpc.StatusCode.INTERNAL and (known := await self._refusal()).code is grpc.StatusCode.UNAUTHENTICATED:
                 status = known
             if status.code is grpc.StatusCode.UNAUTHENTICATED:
-                self.ended = AccessDenied(f"{self.address}: {status.details}; give one with --token-file or PLORA_TOKEN")
-            self.fail(f"connection lost ({error.code().name}: {error.details()}){self._hint}")
+                self.ended = AccessDenied(f"{self.address}: {printable(status.details or '')}; give one with --token-file or PLORA_TOKEN")
+            self.fail(f"connection lost ({error.code().name}: {printable(error.details() or '')}){self._hint}")
         except asyncio.CancelledError:  # so grpc tells of a call that we have ended ourselves
             self.fail("the connection was closed")
 

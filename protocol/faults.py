@@ -15,6 +15,7 @@ from ..artifact.errors import (
     ServerFull,
     ServerStopping,
     SessionExpired,
+    printable,
 )
 from . import plora_pb2 as pb
 
@@ -41,7 +42,7 @@ def fault_error(fault: pb.Fault) -> PloraError:
     known = fault.code in pb.FaultCode.values()
     name = pb.FaultCode.Name(fault.code) if known else f"code {fault.code}"
     kind = ERRORS[name] if known else CloudFailed
-    message = f"the cloud refused ({name}): {fault.detail or 'no detail'}"
+    message = f"the cloud refused ({name}): {printable(fault.detail) or 'no detail'}"
     if issubclass(kind, Refused):
         return kind(message, fault.retry_after_millis)
     return kind(message)

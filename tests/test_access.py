@@ -6,10 +6,14 @@ import asyncio
 import datetime
 import json
 import math
+import os
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,6 @@ from plora.artifact.errors import (
     MissingFile,
     QuotaReached,
     ServerFull,
-    SessionExpired,
     Unreachable,
     Untrusted,
     UsageError,
@@ -41,7 +44,7 @@ from plora.cloud_server.config import Door, ServerConfig
 from plora.cloud_server.quota import Quota, Refusal
 from plora.device_runtime import Access, open_session
 from plora.device_runtime.access import read_token
-from plora.device_runtime.transport import PATH, Deadlines
+from plora.device_runtime.transport import PATH, Deadlines, Transport
 from plora.models.checkpoint import Base
 from plora.protocol import plora_pb2 as pb
 
@@ -64,11 +67,11 @@ def shown(token: str) -> list[tuple[str, str | bytes]]:
 
 
 def test_a_token_is_shown_once_and_kept_as_a_hash(tokens: Path) -> None:
-    token = token_file.add(tokens, "ann", None, None)
+    token = token_file.add(tokens, "ann")
     assert token not in tokens.read_text()
     assert tokens.stat().st_mode & 0o777 == 0o600
     assert Guard(tokens, Quota()).check(shown(token)) == ("ann", token_file.digest(token))
-    assert len(token) > 43 and token != token_file.add(tokens, "ann", None, None)
+    assert len(token) > 43 and token != token_file.add(tokens, "ann")
 
 
 @pytest.mark.parametrize(
@@ -82,13 +85,13 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(tokens: Path) -> None:
     ],
 )
 def test_whoever_has_no_token_hears_one_and_the_same_answer(tokens: Path, metadata: list[tuple[str, str | bytes]]) -> None:
-    token_file.add(tokens, "ann", None, None)
+    token_file.add(tokens, "ann")
     with pytest.raises(Denied, match=f"^{DENIED}$"):
         Guard(tokens, Quota()).check(metadata)
 
 
 def test_two_tokens_in_one_call_are_none(tokens: Path) -> None:
-    token = token_file.add(tokens, "ann", None, None)
+    token = token_file.add(tokens, "ann")
     with pytest.raises(Denied):
         Guard(tokens, Quota()).check([*shown(token), *shown(token)])
 
@@ -108,9 +111,9 @@ def test_a_token_expires(tokens: Path) -> None:
 
 
 def test_a_changed_file_is_taken_over_and_a_broken_one_is_not(tokens: Path) -> None:
-    old = token_file.add(tokens, "ann", None, None)
+    old = token_file.add(tokens, "ann")
     guard = Guard(tokens, Quota(sessions=9))
-    new = token_file.add(tokens, "ann", None, Quota(sessions=1))
+    new = token_file.add(tokens, "ann", None, {"sessions": 1})
     with pytest.raises(Denied):
         guard.check(shown(new))
     guard.refresh()
@@ -130,8 +133,8 @@ def test_a_changed_file_is_taken_over_and_a_broken_one_is_not(tokens: Path) -> N
 
 
 def test_revoking_everything_of_a_user(tokens: Path) -> None:
-    token_file.add(tokens, "ann", None, None)
-    token_file.add(tokens, "bob", None, None)
+    token_file.add(tokens, "ann")
+    token_file.add(tokens, "bob")
     assert token_file.revoke(tokens, "ann", keep_newest=False) == 1
     assert list(token_file.read(tokens).users) == ["bob"]
     with pytest.raises(UsageError, match="no user 'ann'; it has bob"):
@@ -148,11 +151,12 @@ def test_revoking_everything_of_a_user(tokens: Path) -> None:
         (lambda file: _with_token(file, sha256="00"), ManifestError, "64 hexadecimal digits"),
         (lambda file: _with_token(file, expires="tomorrow"), ManifestError, "expected a time"),
         (lambda file: _with_token(file, expires="2027-01-01T00:00:00"), ManifestError, "with its zone"),
-        (lambda file: {**file, "users": {"ann": {**file["users"]["ann"], "quota": {**plain(Quota()), "sessions": -1}}}}, UsageError, "sessions -1"),
+        (lambda file: {**file, "users": {"ann": {**file["users"]["ann"], "quota": {"sessions": -1}}}}, UsageError, "sessions -1"),
+        (lambda file: {**file, "users": {"ann": {**file["users"]["ann"], "quota": {"session": 1}}}}, ManifestError, "no limit is called session; known"),
     ],
 )  # fmt: skip
 def test_a_token_file_that_is_none(tokens: Path, change: Callable[[Any], Any], error: type[Exception], words: str) -> None:
-    token_file.add(tokens, "ann", None, None)
+    token_file.add(tokens, "ann")
     changed = change(json.loads(tokens.read_text()))
     tokens.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(error, match=words) as caught:
@@ -161,7 +165,7 @@ def test_a_token_file_that_is_none(tokens: Path, change: Callable[[Any], Any], e
 
 
 def _with_token(file: Any, **changes: Any) -> Any:
-    return {**file, "users": {"ann": {"quota": None, "tokens": [{**file["users"]["ann"]["tokens"][0], **changes}]}}}
+    return {**file, "users": {"ann": {"quota": {}, "tokens": [{**file["users"]["ann"]["tokens"][0], **changes}]}}}
 
 
 def test_names_and_days_that_cannot_be(tokens: Path) -> None:
@@ -172,7 +176,7 @@ def test_names_and_days_that_cannot_be(tokens: Path) -> None:
         with pytest.raises(UsageError, match="--days"):
             token_file.add(tokens, "ann", days, None)
     with pytest.raises(UsageError, match="--user-sessions -1"):
-        token_file.add(tokens, "ann", None, Quota(sessions=-1))
+        token_file.add(tokens, "ann", None, {"sessions": -1})
     assert not tokens.exists()
     with pytest.raises(MissingFile, match="plora-cloud token add"):
         token_file.read(tokens)
@@ -391,7 +395,7 @@ def guarded(made: Made, tmp_path: Path, authority: Signer) -> Iterator[tuple[str
     files = write_pair(tmp_path / "tls", signed("cloud", authority))
     (tmp_path / "ca.pem").write_bytes(authority[0].public_bytes(serialization.Encoding.PEM))
     path = tmp_path / "tokens.json"
-    token_file.add(path, "nobody", None, None)
+    token_file.add(path, "nobody")
     flags = ("--tls-cert", str(files.certificate), "--tls-key", str(files.key), "--tokens", str(path))
     with cloud(made.out / "cloud", *flags) as (address, _):
         yield address, path, files
@@ -413,7 +417,7 @@ def test_a_device_with_a_token_over_tls(made: Made, merged: Base, guarded: tuple
     """Right tokens for the right device; the wrong ones hear why, and the wrong server is not spoken to."""
     address, path, files = guarded
     edge, ca = made.out / "edge", tmp_path / "ca.pem"
-    token = token_file.add(path, "ann", None, None)
+    token = token_file.add(path, "ann")
     good = Access(token, ca)
     wait_for_token(made, address, good)
     pinned = Access(token, pins=(f"sha256:{tls.fingerprint(files.certificate)}",))
@@ -438,7 +442,7 @@ def test_a_device_with_a_token_over_tls(made: Made, merged: Base, guarded: tuple
 
 def test_a_certificate_is_renewed_without_a_restart(made: Made, guarded: tuple[str, Path, tls.Files], tmp_path: Path) -> None:
     address, path, files = guarded
-    token = token_file.add(path, "ann", None, None)
+    token = token_file.add(path, "ann")
     wait_for_token(made, address, Access(token, files.certificate))
     old = (tmp_path / "old.pem", Access(token, tmp_path / "old.pem"))
     shutil.copyfile(files.certificate, old[0])
@@ -452,7 +456,7 @@ def test_a_certificate_is_renewed_without_a_restart(made: Made, guarded: tuple[s
 
 def test_a_revoked_user_is_shown_out(made: Made, guarded: tuple[str, Path, tls.Files], tmp_path: Path) -> None:
     address, path, _ = guarded
-    token = token_file.add(path, "ann", None, None)
+    token = token_file.add(path, "ann")
     access = Access(token, tmp_path / "ca.pem")
     wait_for_token(made, address, access)
     deadlines = Deadlines(give_up_seconds=BOUND_SECONDS)
@@ -467,7 +471,7 @@ def test_a_revoked_user_is_shown_out(made: Made, guarded: tuple[str, Path, tls.F
 def test_a_session_is_taken_up_by_its_own_user_alone(made: Made, guarded: tuple[str, Path, tls.Files], tmp_path: Path) -> None:
     """Whoever got hold of a session's id, but not of its user's token, hears what a guesser hears."""
     address, path, _ = guarded
-    ann, bob = (token_file.add(path, name, None, None) for name in ("ann", "bob"))
+    ann, bob = (token_file.add(path, name) for name in ("ann", "bob"))
     wait_for_token(made, address, Access(bob, tmp_path / "ca.pem"))
     with open_session(made.out / "edge", address, access=Access(ann, tmp_path / "ca.pem")) as session:
         expected = answer(session, IDS, 8)
@@ -518,11 +522,16 @@ def test_devices_must_show_certificates_if_the_cloud_says_so(made: Made, merged:
 
 def test_every_method_but_health_wants_a_token(made: Made, tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
-    token = token_file.add(path, "ann", None, None)
+    token = token_file.add(path, "ann")
     with cloud(made.out / "cloud", "--tokens", str(path)) as (address, _), grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=BOUND_SECONDS)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
-        for method in ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", PATH, "/no.such/Method"):
+        for method in (
+            "/grpc.health.v1.Health/Watch",
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            PATH,
+            "/no.such/Method",
+        ):
             with pytest.raises(grpc.RpcError) as caught:
                 next(channel.stream_stream(method)(iter([b""]), timeout=BOUND_SECONDS))
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
@@ -535,8 +544,8 @@ def test_every_method_but_health_wants_a_token(made: Made, tmp_path: Path) -> No
 
 def test_users_have_limits_of_their_own(made: Made, tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
-    ann = Access(token_file.add(path, "ann", None, Quota(sessions=1)))
-    bob = Access(token_file.add(path, "bob", None, Quota(tokens_per_minute=20, connections=2)))
+    ann = Access(token_file.add(path, "ann", None, {"sessions": 1}))
+    bob = Access(token_file.add(path, "bob", None, {"tokens_per_minute": 20, "connections": 2}))
     edge = made.out / "edge"
     with cloud(made.out / "cloud", "--tokens", str(path), "--user-sessions", "5") as (address, _):
         with open_session(edge, address, access=ann), pytest.raises(QuotaReached, match="1 sessions of this user"):
@@ -567,12 +576,15 @@ def test_tokens_from_the_command_line_to_the_device(made: Made, tmp_path: Path) 
         return subprocess.run([command("plora-cloud"), *arguments], capture_output=True, text=True, timeout=60)
 
     made_token = run("token", "add", "ann", "--tokens", str(path), "--days", "30", "--sessions", "2")
-    secret.write_text(made_token.stdout)
+    run("token", "add", "ann", "--tokens", str(path), "--out", str(secret), "--kv-bytes", "1000000")
+    assert secret.stat().st_mode & 0o777 == 0o600
     listed = run("token", "list", "--tokens", str(path))
     assert listed.stdout.startswith("ann  ") and "sessions 2" in listed.stdout
     assert made_token.stdout.strip() not in listed.stdout
     users = json.loads(run("token", "list", "--tokens", str(path), "--json").stdout)
-    assert users["ann"]["quota"]["sessions"] == 2
+    assert users["ann"]["quota"] == {"kv_bytes": 1_000_000, "sessions": 2}
+    again = run("token", "add", "ann", "--tokens", str(path), "--out", str(secret))
+    assert (again.returncode, len(token_file.read(path).users["ann"].tokens)) == (2, 2)
     with cloud(made.out / "cloud", "--tokens", str(path), "--log-level", "info") as (address, process):
         flags = ["--edge", str(made.out / "edge"), "--cloud", address, "--raw", "--max-tokens", "4", "--json"]
         asked = [command("plora-device"), "generate", "the quick", *flags]
@@ -585,19 +597,114 @@ def test_tokens_from_the_command_line_to_the_device(made: Made, tmp_path: Path) 
         process.terminate()
         log, _ = process.communicate(timeout=BOUND_SECONDS)
     assert made_token.stdout.strip() not in log
-    assert run("token", "revoke", "ann", "--tokens", str(path)).stdout == "1 revoked\n"
+    assert secret.read_text().strip() not in log
+    assert run("token", "revoke", "ann", "--tokens", str(path)).stdout == "2 revoked\n"
     wrong = run("token", "revoke", "ann", "--tokens", str(path))
     assert (wrong.returncode, wrong.stderr) == (2, f"error: {path}: no user 'ann'; it has none\n")
 
 
-def test_nobody_else_is_hurt_by_a_session_that_expired(made: Made, tmp_path: Path) -> None:
-    """An expired token ends its session, and its device says why."""
-    path = tmp_path / "tokens.json"
-    access = Access(token_file.add(path, "ann", 4 / DAY, None))
-    with (
-        cloud(made.out / "cloud", "--tokens", str(path)) as (address, _),
-        open_session(made.out / "edge", address, access=access) as session,
-        pytest.raises((AccessDenied, SessionExpired)),
+def test_an_expired_token_ends_its_session_and_no_other(made: Made, guarded: tuple[str, Path, tls.Files], tmp_path: Path) -> None:
+    address, path, _ = guarded
+    ca = tmp_path / "ca.pem"
+    bob = Access(token_file.add(path, "bob"), ca)
+    wait_for_token(made, address, bob)
+    with open_session(made.out / "edge", address, access=bob) as other:
+        expected = answer(other, IDS, 8)
+        ann = Access(token_file.add(path, "ann", 5 / DAY), ca)
+        wait_for_token(made, address, ann)
+        with pytest.raises(AccessDenied, match=DENIED), open_session(made.out / "edge", address, access=ann) as session:
+            for _ in range(100_000):
+                answer(session, IDS, 8)
+        assert answer(other, IDS, 8) == expected
+        assert other._link.reconnections == 0
+
+
+def test_many_commands_at_a_time_lose_no_token(tokens: Path) -> None:
+    """In processes of their own, as operators' scripts are."""
+    code = "import sys; from pathlib import Path; from plora.cloud_server import token_file\n"
+    code += "for n in range(8): token_file.add(Path(sys.argv[1]), f'{sys.argv[2]}{n}')"
+    running = [subprocess.Popen([sys.executable, "-c", code, str(tokens), name]) for name in "abcd"]
+    assert [process.wait(60) for process in running] == [0] * 4
+    assert len(token_file.read(tokens).users) == 32
+
+
+def test_a_file_that_was_not_readable_for_a_moment_is_read_again(tokens: Path) -> None:
+    token = token_file.add(tokens, "ann")
+    guard = Guard(tokens, Quota())
+    aside = tokens.rename(tokens.with_suffix(".aside"))
+    token_file.revoke(aside, "ann", keep_newest=False)
+    tokens.mkdir()  # so that not even root can read it
+    guard.refresh()
+    assert guard.check(shown(token))[0] == "ann"
+    tokens.rmdir()
+    aside.rename(tokens)
+    guard.refresh()
+    with pytest.raises(Denied):
+        guard.check(shown(token))
+
+
+def test_a_session_goes_with_the_token_that_took_it_up_last(made: Made, guarded: tuple[str, Path, tls.Files], tmp_path: Path) -> None:
+    """Renewing a token does not end a session that already runs on the new one."""
+    address, path, _ = guarded
+    old, new = (Access(token_file.add(path, "ann"), tmp_path / "ca.pem") for _ in range(2))
+    wait_for_token(made, address, new)
+    with open_session(made.out / "edge", address, access=old) as session:
+        expected = answer(session, IDS, 8)
+        session._link.carrier = partial(Transport, access=new)
+        session.reconnect()
+        assert answer(session, IDS, 8) == expected
+        assert session._link.reconnections == 1
+        token_file.revoke(path, "ann", keep_newest=True)
+        for _ in range(10 * BOUND_SECONDS):  # until the old one is not taken any more
+            try:
+                open_session(made.out / "edge", address, access=old).close()
+            except AccessDenied:
+                break
+        assert answer(session, IDS, 8) == expected
+        assert session._link.reconnections == 1
+        token_file.revoke(path, "ann", keep_newest=False)
+        with pytest.raises(AccessDenied):
+            for _ in range(100_000):
+                answer(session, IDS, 8)
+
+
+def test_a_cloud_that_is_another_one_when_the_link_comes_back(made: Made, guarded: tuple[str, Path, tls.Files], tmp_path: Path) -> None:
+    """The person is told of the certificate, and not only that the connection was lost."""
+    address, path, files = guarded
+    token = token_file.add(path, "ann")
+    wait_for_token(made, address, Access(token, tmp_path / "ca.pem"))
+    access = Access(token, pins=(tls.fingerprint(files.certificate),))
+    with open_session(made.out / "edge", address, access=access, deadlines=Deadlines(give_up_seconds=1.0)) as session:
+        answer(session, IDS, 4)
+        session.reconnect()
+        answer(session, IDS, 4)
+        write_pair(files.certificate.parent, signed("somebody else", None))
+        session.reconnect()
+        with pytest.raises(Untrusted, match="which is not pinned; do not go on"):
+            answer(session, IDS, 4)
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_no_proxy_gets_what_is_meant_for_this_machine(made: Made, served: str, variable: str) -> None:
+    """gRPC would send even loopback's plaintext there."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(0)
+        code = "import sys; from plora.device_runtime import open_session; open_session(sys.argv[1], sys.argv[2]).close()"
+        environment = {**os.environ, variable: f"http://127.0.0.1:{proxy.getsockname()[1]}"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(made.out / "edge"), served], env=environment, capture_output=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
+def test_files_that_are_no_certificates_are_named(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    pair = write_pair(tmp_path / "mine", signed("ann", None))
+    for access, words in (
+        (Access(ca=tmp_path / "text"), "--ca .*text: not a certificate in PEM form"),
+        (Access(client_cert=tmp_path / "text", client_key=pair.key), "--client-cert .*text.*not a certificate and its key"),
     ):
-        for _ in range(100_000):
-            answer(session, IDS, 8)
+        with pytest.raises(UsageError, match=words):
+            open_session(made.out / "edge", "127.0.0.1:1", access=access)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -27,6 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from plora.artifact.errors import ServerStopping, Unreachable
 from plora.cloud_server import token_file
 from plora.cloud_server.logs import JsonFormatter, TextFormatter
+from plora.cloud_server.ops import MOST_READERS
 from plora.cloud_server.options import OPTIONS, settings, unknown_variables
 from plora.device_runtime import Access, open_session
 from plora.device_runtime.transport import Deadlines
@@ -113,7 +115,7 @@ def test_what_check_config_finds_out(made: Made, tmp_path: Path) -> None:
     certificate = run("certificate", "--host", "localhost", "--out", tmp_path / "tls", "--days", "3")
     files = ("--tls-cert", tmp_path / "tls" / "cert.pem", "--tls-key", tmp_path / "tls" / "key.pem")
     (tmp_path / "tokens.json").unlink()
-    token_file.add(tmp_path / "tokens.json", "ann", None, None)
+    token_file.add(tmp_path / "tokens.json", "ann")
     (tmp_path / "tokens.json").chmod(0o644)
     good = run("check-config", folder, *files, "--tokens", tmp_path / "tokens.json", "--listen", "0.0.0.0:1")
     assert good.returncode == 0
@@ -235,6 +237,23 @@ def test_probes_and_the_health_command(made: Made) -> None:
     assert "asked over --ops" in run("health", "--tls-cert", "c", "--tls-key", "k").stderr
 
 
+def test_readers_who_are_slow_are_hung_up_on(made: Made) -> None:
+    """However many they are: whoever probes gets through in the end."""
+    with with_ops(made) as (_, ops, _), ExitStack() as stack:
+        host, port = ops.split(":")
+        for _ in range(2 * MOST_READERS):
+            peer = stack.enter_context(socket.create_connection((host, int(port)), timeout=BOUND_SECONDS))
+            peer.sendall(b"GET /readyz HT")
+        for _ in range(ATTEMPTS):
+            try:
+                if get(ops, "/readyz") == (200, "ready\n"):
+                    break
+            except OSError:
+                pass
+        else:
+            pytest.fail("nobody gets through")
+
+
 def test_a_taken_port_for_metrics_is_refused(made: Made) -> None:
     with with_ops(made) as (_, ops, _):
         done = run("serve", made.out / "cloud", "--ops", ops, "--listen", "127.0.0.1:0", "--kv-bytes", str(1 << 20))
@@ -247,7 +266,7 @@ def test_a_taken_port_for_metrics_is_refused(made: Made) -> None:
 def test_logs_never_hold_text_tokens_activations_or_secrets(made: Made, merged: Base, tmp_path: Path) -> None:
     """The log of a busy server, at its most talkative, is searched for all of them, in the forms in which they might get there."""
     path = tmp_path / "tokens.json"
-    secret = token_file.add(path, "ann", None, None)
+    secret = token_file.add(path, "ann")
     prompt = "a lighthouse keeper writes down the weather every morning"
     flags = ("--log-level", "debug", "--log-format", "json", "--tokens", str(path), "--lease-seconds", "5")
     access = Access(secret)
@@ -286,6 +305,15 @@ def test_logs_never_hold_text_tokens_activations_or_secrets(made: Made, merged: 
     assert any(word in json.dumps(planted) for word in words)  # the search would find it
 
 
+def test_another_librarys_message_is_cut_before_it_quotes_an_error() -> None:
+    """asyncio's on a task that nobody waited for, for instance."""
+    message = "Task exception was never retrieved\nfuture: <Task exception=ValueError('tensor([0.1234])')>"
+    record = logging.LogRecord("asyncio", logging.ERROR, __file__, 1, message, (), None)
+    for formatter in (JsonFormatter(), TextFormatter()):
+        assert "never retrieved" in formatter.format(record)
+        assert "0.1234" not in formatter.format(record)
+
+
 def test_an_error_is_logged_by_kind_and_place_alone() -> None:
     try:
         raise ValueError("tensor([0.1234, 0.5678]) of a person")
@@ -322,7 +350,7 @@ print(span.name, (span.end_time - span.start_time) / 1e9, dict(span.attributes))
 
 def test_a_server_that_is_told_to_stop_is_first_not_ready_then_lets_answers_finish(made: Made, merged: Base) -> None:
     """Readiness goes first, while everything is served as before; then nobody new, and the answer under way is finished."""
-    flags = ("--drain-seconds", "2", "--grace-seconds", str(BOUND_SECONDS))
+    flags = ("--drain-seconds", "8", "--grace-seconds", str(BOUND_SECONDS))
     count, begun, refused = 200, threading.Event(), threading.Event()
 
     def talk(address: str) -> tuple[list[int], int]:
