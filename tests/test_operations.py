@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -28,7 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from plora.artifact.errors import ServerStopping, Unreachable
 from plora.cloud_server import token_file
 from plora.cloud_server.logs import JsonFormatter, TextFormatter
-from plora.cloud_server.ops import MOST_READERS
+from plora.cloud_server.metrics import Metrics
+from plora.cloud_server.ops import MOST_READERS, Ops
 from plora.cloud_server.options import OPTIONS, settings, unknown_variables
 from plora.device_runtime import Access, open_session
 from plora.device_runtime.transport import Deadlines
@@ -237,21 +239,25 @@ def test_probes_and_the_health_command(made: Made) -> None:
     assert "asked over --ops" in run("health", "--tls-cert", "c", "--tls-key", "k").stderr
 
 
-def test_readers_who_are_slow_are_hung_up_on(made: Made) -> None:
+def test_readers_who_are_slow_are_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many they are: whoever probes gets through in the end."""
-    with with_ops(made) as (_, ops, _), ExitStack() as stack:
-        host, port = ops.split(":")
-        for _ in range(2 * MOST_READERS):
-            peer = stack.enter_context(socket.create_connection((host, int(port)), timeout=BOUND_SECONDS))
-            peer.sendall(b"GET /readyz HT")
-        for _ in range(ATTEMPTS):
-            try:
-                if get(ops, "/readyz") == (200, "ready\n"):
-                    break
-            except OSError:
-                pass
-        else:
-            pytest.fail("nobody gets through")
+    monkeypatch.setattr("plora.cloud_server.ops.READER_SECONDS", 0.3)
+    door = Ops("127.0.0.1", 0, Metrics(), lambda: True)
+    try:
+        with ExitStack() as stack:
+            peers = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", door.port), timeout=BOUND_SECONDS))
+                for _ in range(2 * MOST_READERS)
+            ]
+            for peer in peers:
+                with contextlib.suppress(OSError):  # one too many
+                    peer.sendall(b"GET /readyz HT")
+            for peer in peers:
+                with contextlib.suppress(ConnectionResetError):
+                    assert peer.recv(1) == b""
+            assert get(f"127.0.0.1:{door.port}", "/readyz") == (200, "ready\n")
+    finally:
+        door.close()
 
 
 def test_a_taken_port_for_metrics_is_refused(made: Made) -> None:

@@ -627,6 +627,10 @@ def test_a_silence_while_a_long_prompt_goes_up(start: Callable[..., House], tmp_
 # A server is killed, or told to stop
 
 
+AT_ONCE = ("--grace-seconds", "0")
+"""Told to stop, the server would else let the answer finish, and nobody would have to move."""
+
+
 class Blow:
     """Does something to a session's server when the device has read so many frames."""
 
@@ -658,7 +662,7 @@ def check_blow(number: signal.Signals, frame: int, trip: Trip, house: House, sta
         os.kill(house.pid, number)
         if number is signal.SIGKILL:
             restart()
-        else:  # it ends when its steps are done, for which it needs the device
+        else:
             house.wait(" stopping ")
             trip.lead_to(None)
             threading.Thread(target=restart, daemon=True).start()
@@ -680,10 +684,10 @@ def test_a_server_that_is_killed_or_stopped_is_replaced(
     number: signal.Signals, made: Made, start: Callable[..., House], expected: list[int]
 ) -> None:
     """In the prompt, in the middle of a step, between steps, at the last frame."""
-    house = start(made.out / "cloud")
+    house = start(made.out / "cloud", *AT_ONCE)
     with Trip(made, house) as trip:
         for frame in (0, 9, 22):
-            house = check_blow(number, frame, trip, house, lambda: start(made.out / "cloud"), expected)
+            house = check_blow(number, frame, trip, house, lambda: start(made.out / "cloud", *AT_ONCE), expected)
 
 
 @pytest.mark.slow
@@ -692,11 +696,11 @@ def test_a_server_is_replaced_at_any_frame(
     number: signal.Signals, layered: Made, made: Made, start: Callable[..., House], expected: list[int], layered_expected: list[int]
 ) -> None:
     for one, tokens, bucket in ((made, expected, None), (layered, layered_expected, 8)):
-        house = start(one.out / "cloud")
+        house = start(one.out / "cloud", *AT_ONCE)
         with Trip(one, house, bucket=bucket) as trip:
             frames = trip.count_messages(PROMPT, COUNT) // 2
             for frame in range(frames):
-                house = check_blow(number, frame, trip, house, lambda: start(one.out / "cloud"), tokens)  # noqa: B023
+                house = check_blow(number, frame, trip, house, lambda: start(one.out / "cloud", *AT_ONCE), tokens)  # noqa: B023
 
 
 # Leases
