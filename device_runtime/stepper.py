@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..artifact.errors import PloraError, ServerStopping, SessionExpired, Unreachable
+from ..artifact.errors import ContextOverflow, PloraError, ServerStopping, SessionExpired, Unreachable
 from ..artifact.plan import Exchange
 from ..artifact.walk import BackLayers, Entry, FrontLayers, walk
 from ..protocol.events import CancelDone, ClosedDone, CompressedArrived, StepDone, Terms
@@ -63,6 +63,7 @@ class Stepper:
         self.history: list[int] = []
         self.cloud_micros = 0
         self._layers: dict[FrontLayers | BackLayers, DeviceLayers] = {}
+        self._room = self.edge.shape.context_tokens  # of the device's own layers
 
     @property
     def machine(self) -> DeviceSession:
@@ -76,16 +77,17 @@ class Stepper:
     @property
     def context_tokens(self) -> int:
         """Most tokens of the conversation."""
-        context = min(self.terms.context_tokens, self.edge.shape.context_tokens)
+        context = min(self.terms.context_tokens, self._room)
         return context if self.bucket is None else context // self.bucket * self.bucket
 
     async def open(self) -> Terms:
         """Handshake. Raises Refused's children, Unreachable."""
         terms = await self.link.open()
+        self._room = min(terms.context_tokens, self.edge.shape.context_tokens)
         for stage in (self.front, self.back):
             if stage is not None:
                 first = stage.first if isinstance(stage, BackLayers) else 0
-                self._layers[stage] = self.edge.device_layers(first, stage.stop, min(terms.context_tokens, self.edge.shape.context_tokens))
+                self._layers[stage] = self.edge.device_layers(first, stage.stop, self._room)
         return terms
 
     # Steps
@@ -126,6 +128,11 @@ class Stepper:
     async def _feed(self, ids: list[int], exit_rows: int) -> Floats:
         fixed = len(self.history)
         tokens = self.history + ids
+        if len(tokens) > self.context_tokens:  # of this session, which may be another one, with another cloud
+            raise ContextOverflow(
+                f"{len(tokens)} tokens, but the session that took the conversation over has room for {self.context_tokens}; "
+                "begin another one"
+            )
         wanted = len(tokens) - exit_rows  # of this token's row and all after it
         if self.bucket is None:
             todo = deque(chunks(fixed, tokens, wanted, min(CHUNK_TOKENS, self.terms.step_tokens), bool(self.back)))

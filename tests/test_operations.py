@@ -26,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from plora.artifact.errors import ServerStopping, Unreachable
+from plora.artifact.errors import ContextOverflow, ServerStopping, Unreachable
 from plora.cloud_server import token_file
 from plora.cloud_server.logs import JsonFormatter, TextFormatter
 from plora.cloud_server.metrics import Metrics
@@ -413,6 +413,23 @@ def test_an_answer_that_outlasts_the_grace_moves_to_another_server(made: Made, m
                 got.extend(piece.token_id for piece in stream)
                 assert session._link.reconnections >= 1
                 assert got == greedy(merged, IDS, 40)
+
+
+def test_a_server_with_less_room_cannot_take_a_long_conversation_over(made: Made) -> None:
+    """It is said in so many words, and not that the protocol was broken."""
+    with with_ops(made) as (address, _, process):
+        port = address.rpartition(":")[2]
+        with open_session(made.out / "edge", address, deadlines=Deadlines(give_up_seconds=2.0 * BOUND_SECONDS)) as session:
+            answer(session, IDS, 80)
+            process.kill()
+            process.wait(BOUND_SECONDS)
+            smaller = [command("plora-cloud"), "serve", str(made.out / "cloud"), "--listen", f"127.0.0.1:{port}", "--context", "64"]
+            with running([*smaller, "--kv-bytes", str(1 << 20)]) as other:
+                assert other.stdout is not None
+                assert any("listening" in line for line in other.stdout)
+                with pytest.raises(ContextOverflow, match="has room for 64; begin another one"):
+                    session.edge.logits(session._run(session._stepper.feed([5], 1)))
+                assert answer(session, IDS, 8)  # what fits goes on
 
 
 def test_a_second_signal_ends_it_at_once(made: Made) -> None:
