@@ -13,8 +13,6 @@ from .errors import PloraError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
-QUIET_GRPC = {"GRPC_VERBOSITY": "NONE"}
-"""gRPC's core writes lines of its own to standard error, of handshakes that failed for instance; we say what a person can act on."""
 CLICK_CONTEXT: dict[str, Any] = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 """Context settings of every command."""
 
@@ -25,8 +23,7 @@ def reports_errors(function: Command) -> Command:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, interrupt)
-        for name, value in QUIET_GRPC.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes lines of its own, where we say what a person can act on
         try:
             return function(*args, **kwargs)
         except PloraError as error:

@@ -36,7 +36,7 @@ class Deadlines:
 
 
 class SoakServer(Server):
-    """`plora-cloud serve` with the soak's deadlines, little room, and metrics if it has them. complaints: its standard error."""
+    """`plora-cloud serve` with the soak's deadlines, little room, and metrics. complaints: its standard error."""
 
     def __init__(self, folder: Path, devices: int, deadlines: Deadlines, complaints: Path) -> None:
         self.devices, self.deadlines = devices, deadlines
@@ -52,7 +52,7 @@ class SoakServer(Server):
         command = [
             BIN / "plora-cloud", "serve", self.folder, "--json", "--listen", self.address, "--threads", "1", "--context", context,
             "--kv-bytes", kv_bytes, "--lease-seconds", deadlines.lease_seconds, "--idle-seconds", deadlines.idle_seconds,
-            "--quiet-seconds", deadlines.quiet_seconds, *(["--ops", "127.0.0.1:0"] if has_metrics() else []),
+            "--quiet-seconds", deadlines.quiet_seconds, "--ops", "127.0.0.1:0",
         ]  # fmt: skip
         with self.complaints.open("wb") as complaints:
             self.process = subprocess.Popen(
@@ -69,12 +69,6 @@ class SoakServer(Server):
         """Tracebacks in what it complained of, by the exception's name."""
         text = self.complaints.read_text(encoding="utf-8", errors="replace")
         return dict(Counter(re.findall(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*([\w.]+)", text, re.MULTILINE)))
-
-
-def has_metrics() -> bool:
-    """Whether this cloud can be asked how it is."""
-    help_text = subprocess.run([BIN / "plora-cloud", "serve", "--help"], check=True, capture_output=True, text=True).stdout
-    return "--ops" in help_text
 
 
 class Child:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 GAUGES = {"sessions": "plora_sessions", "connections": "plora_connections", "kv_bytes": "plora_kv_bytes_used"}
 COUNTERS = ("plora_resumed_total", "plora_refused_total", "plora_evicted_total", "plora_sessions_opened_total", "plora_tokens_total")
@@ -41,11 +42,8 @@ class Sample:
 def read_metrics(text: str) -> dict[str, float]:
     """Prometheus text -> value by name, labels summed up."""
     values: dict[str, float] = {}
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            series, _, rest = line.partition("} ") if "{" in line else line.partition(" ")
-            name = series.partition("{")[0]
-            values[name] = values.get(name, 0.0) + float(rest.split()[0])
+    for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
+        values[sample.name] = values.get(sample.name, 0.0) + sample.value
     return values
 
 

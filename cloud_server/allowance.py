@@ -32,6 +32,12 @@ class Bucket:
     def take(self, amount: float, now: float) -> None:
         self._level, self._at = self._filled(now) - amount, now
 
+    async def spend(self, amount: float) -> None:
+        """Waits until something may be taken, and takes so much. By time.monotonic."""
+        if wait := self.wait_seconds(time.monotonic()):
+            await asyncio.sleep(wait)
+        self.take(amount, time.monotonic())
+
     def full(self, now: float) -> bool:
         return self._filled(now) >= self.limit
 

@@ -18,7 +18,6 @@ from .allowance import Bucket
 INBOX_FRAMES = WINDOW + 4
 """Frames read ahead of the engine: those of a full window, and a cancel and a close behind them. A peer that sends more is not read."""
 
-
 FRAMES, FRAMES_SECONDS = 4000, 2.0
 """That one connection may send at once, and until it may send as many again: thirty exchanges at 60 tokens/s are 2,000 a second."""
 
@@ -96,10 +95,7 @@ class Carrier:
 
     async def breathe(self) -> None:
         """Before the next frame of a peer that sends far more of them than any device would."""
-        now = time.monotonic()
-        if wait := self.frames.wait_seconds(now):
-            await asyncio.sleep(wait)
-        self.frames.take(1, now)
+        await self.frames.spend(1)
 
     async def write(self, data: bytes, seconds: float) -> None:
         """Raises Gone, also if the peer does not take it within `seconds` (Service.watch looks after that: a timer per frame would be

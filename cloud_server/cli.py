@@ -42,10 +42,8 @@ def serve(as_json: bool, verbose: bool, log_format: str, log_level: str, **value
     and tokens stay on the device. Beyond loopback it wants TLS and access tokens, unless told otherwise. Every flag may be given in
     the environment, as in PLORA_CLOUD_KV_BYTES, or in a file (--config). docs/operating.md has the whole story.
     """
-    for number in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # until it serves there is nothing to clean up, and an exception may get lost in an import
+    # Until it serves there is nothing to clean up, and an exception may get lost in an import.
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(INTERRUPTED))
     from .logs import event, set_up
     from .serve import serve
@@ -122,9 +120,9 @@ def check_config(as_json: bool, **values: Any) -> None:
 
     found = check(config_of(values), unknown_variables())
     source_of = click.get_current_context().get_parameter_source
-    sources = {name: str(source_of(name).name).lower() for name in settings()}  # type: ignore[union-attr]
+    sources = {name: str(source_of(name).name).lower() for name in sorted(settings())}  # type: ignore[union-attr]
     names = {"default_map": "file", "commandline": "flag"}
-    rows = {name: (values[name], names.get(sources[name], sources[name])) for name in sorted(settings())}
+    rows = {name: (values[name], names.get(source, source)) for name, source in sources.items()}
     if as_json:
         plain = {
             name: {"value": str(value) if isinstance(value, Path) else value, "from": source} for name, (value, source) in rows.items()

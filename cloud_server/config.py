@@ -25,7 +25,7 @@ class Limits:
     """hello_seconds: for a device to greet; idle_seconds: for any later frame; write_seconds: for a peer to take one; lease_seconds:
     how long a session outlives its connection, 0 for not at all; quiet_seconds: after which a session that has nothing to do may be sent
     away for others, if there is no room; connections: open streams at the most, greeted or not; inbox_bytes: of frames that wait for their
-    sessions, beyond one for each; quota: of each user whose entry in the token file has none."""
+    sessions, beyond one for each; quota: of each user, where their entry in the token file says nothing else."""
 
     hello_seconds: float = 10.0
     idle_seconds: float = 300.0

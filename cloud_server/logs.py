@@ -14,6 +14,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ..artifact.errors import printable
+
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -53,7 +55,7 @@ def _what(record: logging.LogRecord) -> str:
     message = record.getMessage()
     if not record.name.startswith("plora"):
         message = message.partition("\n")[0]
-    return "".join(each if each.isprintable() else "?" for each in message)
+    return printable(message)
 
 
 class JsonFormatter(logging.Formatter):

@@ -41,7 +41,7 @@ class Metrics:
             "From a frame's arrival to the answer to it: one leg, its queue included.",
             buckets=SECONDS,
             registry=registry,
-        )  # fmt: skip
+        )
 
     def batch(self, rows: int, seconds: float) -> None:
         self.batch_rows.observe(rows)

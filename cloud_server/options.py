@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 import click
 
 from ..artifact.console import reports_errors
-from ..artifact.errors import MissingFile, UsageError
+from ..artifact.errors import UsageError
+from ..artifact.watched import read_named
+from .logs import FORMATS, LEVELS
 
 PREFIX = "PLORA_CLOUD_"
 ORCHESTRATORS = re.compile(r"SERVICE_(HOST|PORT.*)|PORT(_\d+_(TCP|UDP).*)?")
@@ -33,17 +35,15 @@ def read_file(context: click.Context, parameter: click.Parameter, path: Path | N
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingFile(f"--config {path}: cannot be read ({error.strerror})") from None
+        values = tomllib.loads(read_named("--config", path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not TOML: {error}") from None
-    known = {each.name: each for each in context.command.params if each.name in settings()}
+    known = settings()
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, list(known), 1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(filter(None, known)))}"
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
             raise UsageError(f"--config {path}: {key}: no such key; {hint}")
         defaults[key] = _checked(f"--config {path}: {key}", known[key], value, context)
     context.default_map = defaults
@@ -136,10 +136,10 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="After SIGTERM: be not ready, but serve as before, until balancers have noticed.",
     ),
     _option("grace-seconds", default=10.0, show_default=True, metavar="S", help="Then: time for answers that are under way."),
-    _option("log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the lines on standard error."),
+    _option("log-format", type=click.Choice(FORMATS), default="text", show_default=True, help="Of the lines on standard error."),
     _option(
         "log-level",
-        type=click.Choice(["debug", "info", "warning", "error"]),
+        type=click.Choice(LEVELS),
         default="warning",
         show_default=True,
         help="info: every session's begin and end. Never text, tokens or activations.",

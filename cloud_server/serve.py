@@ -169,5 +169,5 @@ async def serve(config: ServerConfig, ready: Callable[[str, str | None, Engine],
         batches=made.batches,
         rows_per_batch=round(rows, 2),
         most_rows=made.largest,
-        engine_seconds=made.seconds,
+        engine_seconds=round(made.seconds, 3),
     )

@@ -118,9 +118,7 @@ class Session:
             self.end(error.code, str(error))
             return
         if isinstance(arrived, PingArrived):
-            if wait := self._pongs.wait_seconds(time.monotonic()):  # a ping of 20 bytes may ask for a megabyte
-                await asyncio.sleep(wait)
-            self._pongs.take(len(arrived.answer), time.monotonic())
+            await self._pongs.spend(len(arrived.answer))  # a ping of 20 bytes may ask for a megabyte
             await self._say(arrived.answer)
 
     async def _say(self, data: bytes) -> None:

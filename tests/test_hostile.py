@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -94,6 +95,12 @@ def test_far_more_frames_than_any_device_sends_are_slowed_down() -> None:
 # Over the wire
 
 
+def wait_until(true: Callable[[], bool], failure: str) -> None:
+    """Asks ATTEMPTS times."""
+    if not any(true() for _ in range(ATTEMPTS)):
+        pytest.fail(failure)
+
+
 def rss(pid: int) -> int:
     return psutil.Process(pid).memory_info().rss
 
@@ -111,11 +118,7 @@ def test_a_flood_that_never_greets_takes_little_and_disturbs_nobody(made: Made, 
             calls = [channel.stream_stream(PATH)() for channel in channels]
             for call in calls:
                 await call.wait_for_connection()
-            for _ in range(ATTEMPTS):
-                if figures(ops)["plora_connections"] > PEERS:
-                    break
-            else:
-                pytest.fail("they did not get in")
+            wait_until(lambda: figures(ops)["plora_connections"] > PEERS, "they did not get in")
             assert await asyncio.to_thread(answer, session, IDS, 40) == wanted
             for call in calls:
                 call.cancel()
@@ -130,11 +133,7 @@ def test_a_flood_that_never_greets_takes_little_and_disturbs_nobody(made: Made, 
             asyncio.run(flood())
             assert rss(process.pid) - before < 2 * PEERS * 128 * 1024
         assert answer(session, IDS, 40) == wanted
-        for _ in range(ATTEMPTS):
-            if figures(ops)["plora_connections"] == 1:
-                break
-        else:
-            pytest.fail("connections of peers that left are still counted")
+        wait_until(lambda: figures(ops)["plora_connections"] == 1, "connections of peers that left are still counted")
 
 
 def test_no_more_connections_than_allowed(made: Made) -> None:
@@ -253,11 +252,7 @@ def test_a_peer_that_asks_for_megabytes_and_reads_none(made: Made, merged: Base)
                 call.cancel()
 
         asyncio.run(never_read())
-        for _ in range(ATTEMPTS):
-            if figures(ops)["plora_sessions"] == 1:
-                break
-        else:
-            pytest.fail("its session was not released")
+        wait_until(lambda: figures(ops)["plora_sessions"] == 1, "its session was not released")
 
 
 def test_a_guessed_session_id_and_a_replayed_hello(made: Made) -> None:
