@@ -101,7 +101,7 @@ def main(
     except Interrupted as interrupted:
         click.echo(str(interrupted), err=True)
         raise
-    if not _is_main_process():
+    if not _speaks():
         return
     if as_json:
         click.echo(json.dumps({"out": str(out), **summary}))
@@ -110,10 +110,15 @@ def main(
         click.echo(f"{out}: {summary['parameters']:,} parameters tuned in {summary['steps']} steps, {summary['seconds']} s{held_out}")
 
 
-def _is_main_process() -> bool:
+def _speaks() -> bool:
+    """Of the processes of a run, the first speaks. Their group ends here: gloo's threads would else outlive the interpreter, and now and
+    then abort the process (pytorch pull request 179291)."""
     from accelerate import PartialState
 
-    return PartialState().is_main_process
+    processes = PartialState()
+    first = processes.is_main_process
+    processes.destroy_process_group()
+    return first
 
 
 if __name__ == "__main__":
