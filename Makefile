@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) 
 CODE := artifact protocol models export cloud_server device_runtime tests bench deploy tools examples
 
 .PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts bench-load bench-soak bench-fuzz image \
-	bench-privacy bench-recall persona clean
+	bench-privacy bench-recall bench-quality persona clean
 
 install: $(VENV)/.installed
 
@@ -93,6 +93,11 @@ bench-privacy: install
 # What the demo's persona says of 30 facts, asked in new words: docs/results/recall.json
 bench-recall: install
 	$(BIN)/python -m bench.recall
+
+# What few round trips cost in quality: runs what has not been run yet, then docs/results/quality.json and its plots
+bench-quality: install
+	$(BIN)/python -W ignore -m bench.quality.study
+	$(BIN)/python -m bench.quality.shares
 
 # Makes the demo's adapter anew, with the settings that docs/tuning.md speaks of.
 persona: install

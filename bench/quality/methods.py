@@ -1,0 +1,138 @@
+"""The rows of the study: ways to make the frozen base learn, each with its trainable parameters as a module beside the base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plora.artifact.plan import TARGETS, ExchangePlan
+from plora.artifact.plans import QKV, entry_plan, grouped_plan, paper_plan
+from plora.models.adapter import Adapter, replace_cores
+from plora.models.basis import new_adapter
+from plora.models.checkpoint import Base
+from plora.models.formula import Cores, target_projection
+
+LORA_RANK = 16
+LORA_ALPHA = 32
+RANK = 64
+FRONT_LAYERS = 4
+
+
+class Attached(nn.Module):
+    """Trainable parameters that are hooked into the base; `remove` leaves the base as it was."""
+
+    def remove(self) -> None:
+        raise NotImplementedError
+
+
+class StaticBias(Attached):
+    """The control: a free bias at every target's output, y = W x + b. It learns the format of answers and nothing of their questions
+    (BitFit, arXiv 2106.10199, at the projections)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.biases = nn.ParameterList()
+        self.handles: list[Any] = []
+        for layer in model.model.layers:
+            for target in TARGETS:
+                projection = target_projection(layer, target)
+                bias = nn.Parameter(torch.zeros(projection.out_features, device=projection.weight.device))  # pyright: ignore
+                self.biases.append(bias)
+                self.handles.append(projection.register_forward_hook(self._add(bias)))
+
+    @staticmethod
+    def _add(bias: Tensor) -> Callable[..., Tensor]:
+        return lambda module, inputs, output: output + bias
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class PeftLora(Attached):
+    """LoRA (arXiv 2106.09685) by peft: B starts at zero, A random, alpha / r = 2, no dropout."""
+
+    def __init__(self, model: Any, targets: tuple[str, ...]) -> None:
+        import peft
+
+        super().__init__()
+        modules = [f"{target}_proj" for target in targets]
+        config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=modules)
+        with warnings.catch_warnings():  # peft 0.21 asks transformers 5 by a name that it deprecates
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped: Any = peft.get_peft_model(model, config)
+        self._unload = wrapped.unload
+        self.weights = nn.ParameterList([weight for weight in model.parameters() if weight.requires_grad])
+
+    def remove(self) -> None:
+        self._unload()
+
+
+class PlanCores(Attached):
+    """PrivateLoRA's cores under an exchange plan, by the formula that plora-tune trains and plora-export verifies."""
+
+    def __init__(self, base: Base, plan: ExchangePlan, basis_kind: str, seed: int) -> None:
+        super().__init__()
+        self.cores = Cores(base.model, _start(base, plan, basis_kind, seed), torch.float32)
+
+    def remove(self) -> None:
+        self.cores.remove()
+
+
+_BASES: dict[tuple[ExchangePlan, str, int], Adapter] = {}
+"""Of this process: a basis takes as long as some steps, and sweeps want the same one again."""
+
+
+def _start(base: Base, plan: ExchangePlan, basis_kind: str, seed: int) -> Adapter:
+    """Cores of zero on a basis by the seed."""
+    key = (plan, basis_kind, seed)
+    if key not in _BASES:
+        _BASES[key] = new_adapter(base, plan, basis_kind, 1.0, seed)
+    kept = _BASES[key]
+    return replace_cores(kept, {name: core.clone() for name, core in kept.cores.items()})  # tuning changes cores in place
+
+
+@dataclass(frozen=True)
+class Method:
+    """attach: from the base and a seed; plan: None if no exchange plan holds it; guess: where the search for a learning rate starts."""
+
+    name: str
+    words: str
+    guess: float
+    attach: Callable[[Base, int], Attached]
+    plan: Callable[[int], ExchangePlan] | None = None
+
+
+def _under(name: str, words: str, plan: Callable[[int], ExchangePlan], basis_kind: str = "pca", guess: float = 3e-3) -> Method:
+    return Method(name, words, guess, lambda base, seed: PlanCores(base, plan(base.shape.layers), basis_kind, seed), plan)
+
+
+def _entry(**changes: Any) -> Callable[[int], ExchangePlan]:
+    settings: dict[str, Any] = {"front_layers": FRONT_LAYERS, "rank": RANK, **changes}
+    return lambda layers: entry_plan(layers, **settings)
+
+
+def _shared(values: int) -> Method:
+    words = f"entry plan, shared injection of {values} values"
+    return _under(f"entry-{values}", words, _entry(shared_injection=values), guess=1e-2)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("control", "static bias at every projection: no input is read", 3e-3, lambda base, seed: StaticBias(base.model)),
+        Method("lora", "LoRA r = 16 on q, k, v (peft)", 1e-3, lambda base, seed: PeftLora(base.model, QKV)),
+        Method("lora-all", "LoRA r = 16 on all seven linear targets (peft)", 1e-3, lambda base, seed: PeftLora(base.model, TARGETS)),
+        _under("paper", "the paper's plan and random basis: q, k, v, 30 exchanges", lambda n: paper_plan(n, RANK), "random", 1e-2),
+        _under("grouped", "grouped plan, 5 exchanges, all seven targets", lambda n: grouped_plan(n, 6, RANK, TARGETS)),
+        _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry()),
+        _shared(2048),
+        _shared(512),
+    )
+}
+HEADLINE = ("control", "lora", "entry", "grouped", "paper")

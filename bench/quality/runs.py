@@ -1,0 +1,152 @@
+"""Runs: what is tuned, and what came of it, one JSON object a line, so that a study may be stopped, continued and enlarged."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plora.models.checkpoint import Base, read_base, read_tokenizer
+
+from .methods import METHODS
+from .score import ANSWER_TOKENS, answers, judge, row_nlls, text_rows
+from .sweep import TURNS
+from .tasks import DATA, NAMES, Group, Sizes, Task, load, other_texts
+from .train import batches, mixed_batches, train
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tuning run and what it is measured for. kind: sweep (of a mixture of all tasks, judged by validation rows) or final; answers:
+    questions answered in words, 0 for none."""
+
+    kind: str
+    task: str
+    method: str
+    rate: float
+    seed: int
+    steps: int
+    answers: int = 0
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(replace(self, answers=0)), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where runs happen. data: folder of the data sets."""
+
+    base: str
+    device: str = "cpu"
+    data: Path = DATA
+    sizes: Sizes = field(default_factory=Sizes)
+
+
+@cache
+def _opened(bench: Bench) -> tuple[Base, Any]:
+    base = read_base(bench.base)
+    base.model.float().requires_grad_(False)
+    return base, read_tokenizer(base.source)
+
+
+@cache
+def _task(bench: Bench, name: str) -> Task:
+    return load(name, _opened(bench)[1], bench.sizes, bench.data)
+
+
+def perform(bench: Bench, run: Run, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Tunes and judges. The base is as before afterwards. method "base": nothing is tuned."""
+    base, _ = _opened(bench)
+    torch.manual_seed(run.seed)
+    began = time.monotonic()
+    outcome: dict[str, Any] = asdict(run)
+    if run.method == "base":
+        base.model.to(bench.device)
+        outcome |= _judged(bench, run)
+    else:
+        attached = METHODS[run.method].attach(base, run.seed)
+        try:
+            base.model.to(bench.device)
+            attached.to(bench.device)
+            outcome["parameters"] = sum(each.numel() for each in attached.parameters() if each.requires_grad)
+            outcome["train_loss"] = train(base.model, attached, base.shape.windows, _steps(bench, run), run.rate, tell)
+            outcome |= _judged(bench, run)
+        finally:
+            attached.remove()
+            base.model.to("cpu").requires_grad_(False)
+    outcome["seconds"] = round(time.monotonic() - began, 1)
+    return outcome
+
+
+def _steps(bench: Bench, run: Run) -> list[list[Group]]:
+    if run.kind == "final":
+        return batches(_task(bench, run.task), run.steps, run.seed)
+    return mixed_batches({name: _task(bench, name) for name in NAMES}, TURNS, run.steps, run.seed)
+
+
+def _judged(bench: Bench, run: Run) -> dict[str, Any]:
+    (base, tokenizer), found = _opened(bench), {}
+    model, windows = base.model.eval(), base.shape.windows
+    if run.kind == "sweep":
+        validation = {name: _mean(*row_nlls(model, windows, _task(bench, name).validation)) for name in NAMES}
+        return {"validation": validation, "nll": sum(validation.values()) / len(validation)}
+    task = _task(bench, run.task)
+    sums, counts = row_nlls(model, windows, task.held_out)
+    found = {"nll": _mean(sums, counts), "rows": [round(each, 4) for each in sums], "tokens": counts}
+    found["groups"] = [len(group) for group in task.held_out]
+    if run.task == "persona":
+        found["other_nll"] = _mean(*row_nlls(model, windows, text_rows(tokenizer, other_texts(bench.data))))
+    if run.answers:
+        questions = task.questions[: run.answers]
+        found |= judge(run.task, questions, answers(model, tokenizer, questions, ANSWER_TOKENS[run.task]))
+    return found
+
+
+def _mean(sums: list[float], counts: list[int]) -> float:
+    return sum(sums) / sum(counts)
+
+
+class Store:
+    """The outcomes so far, in a file that grows by lines. A line that a crash cut short is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                outcome = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            self.outcomes[key_of(outcome)] = outcome
+
+    def __contains__(self, run: Run) -> bool:
+        return run.key in self.outcomes and (not run.answers or self.outcomes[run.key]["answers"] >= run.answers)
+
+    def add(self, outcome: dict[str, Any]) -> None:
+        self.outcomes[key_of(outcome)] = outcome
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" * cut + json.dumps(outcome) + "\n")
+
+    def finals(self, task: str, method: str) -> list[dict[str, Any]]:
+        """By seed."""
+        found = [each for each in self.outcomes.values() if (each["kind"], each["task"], each["method"]) == ("final", task, method)]
+        return sorted(found, key=lambda each: each["seed"])
+
+
+def key_of(outcome: dict[str, Any]) -> str:
+    return Run(**{name: outcome[name] for name in ("kind", "task", "method", "rate", "seed", "steps")}).key
+
+
+def check_tasks(names: tuple[str, ...]) -> None:
+    if unknown := [name for name in names if name not in NAMES]:
+        raise SystemExit(f"--tasks {','.join(unknown)}: expected some of {', '.join(NAMES)}")

@@ -1,0 +1,75 @@
+"""One training run: the loss, optimizer and schedule of plora-tune, for anything that can be attached to the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+
+from plora.models.packing import Pack, pack
+from plora.models.schedule import Schedule
+from plora.models.trainer import Tuned
+
+from .methods import Attached
+from .tasks import Group, Task
+
+PACK_TOKENS = 512
+"""Attention costs the square of a sequence: on a CPU shorter ones are faster, though they repeat the prefix."""
+
+
+def packs_of(groups: Sequence[Group]) -> list[Pack]:
+    """Rows that share a prompt lie together, and their prompt is computed once; single rows share sequences."""
+    if all(len(group) == 1 for group in groups):
+        return pack(sorted((group[0] for group in groups), key=lambda row: len(row.input_ids)), PACK_TOKENS)
+    return [each for group in groups for each in pack(list(group), PACK_TOKENS)]
+
+
+def batches(task: Task, steps: int, seed: int) -> list[list[Group]]:
+    """What each step of a final run reads: by the seed alone, whatever the method."""
+    rows = [*task.train, *task.validation]
+    schedule = Schedule.plan(len(rows), task.groups, 1, 1.0, steps, seed)
+    return [[rows[at] for at in schedule.of_step(step)] for step in range(steps)]
+
+
+def mixed_batches(tasks: dict[str, Task], turns: Sequence[str], steps: int, seed: int) -> list[list[Group]]:
+    """The tasks in turns, without their validation rows."""
+    own = {name: iter(batches(replace(task, validation=[]), steps, seed)) for name, task in tasks.items()}
+    return [next(own[turns[step % len(turns)]]) for step in range(steps)]
+
+
+def train(
+    model: Any, attached: Attached, windows: tuple[int, ...], steps: Sequence[Sequence[Group]], rate: float, tell: Callable[[str], None]
+) -> float:
+    """Mean loss per response token over the last quarter of the steps; NaN once a loss is not finite, and the run ends there.
+
+    AdamW without weight decay, gradient norm clipped at 1, warm-up and linear decay as in plora-tune.
+    """
+    warmup = Schedule(1, 1, 1, len(steps), 0).warmup_steps
+    trained = [parameter for parameter in attached.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    pace = transformers.get_linear_schedule_with_warmup(optimizer, warmup, len(steps))
+    tuned = Tuned(model, attached, windows)  # pyright: ignore[reportArgumentType]  it only keeps the module
+    device = next(model.parameters()).device
+    sums = [0.0, 0]
+    for step, groups in enumerate(steps, 1):
+        packs = [each.to(device) for each in packs_of(groups)]
+        tokens = sum(len(each.at) for each in packs)
+        total = 0.0
+        optimizer.zero_grad(set_to_none=True)
+        for each in packs:  # one at a time: memory for the activations of one sequence
+            loss = tuned([each])["loss"]
+            (loss / tokens).backward()
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            return math.nan
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        pace.step()
+        if step > len(steps) * 3 // 4:
+            sums = [sums[0] + total, sums[1] + tokens]
+        tell(f"step {step}/{len(steps)}: loss {total / tokens:.3f}")
+    return sums[0] / sums[1]

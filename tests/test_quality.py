@@ -1,0 +1,274 @@
+"""The quality study: trains as plora-tune does, judges by rows it has not seen, and its figures would notice a plan that learns nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.quality import methods, runs, score, shares, sweep, tasks, train
+from plora.artifact.plan import TARGETS
+from plora.artifact.plans import QKV, entry_plan
+from plora.models.adapter import read_adapter
+from plora.models.checkpoint import Base, read_base, read_tokenizer
+from plora.models.rows import Example, read_examples
+from plora.models.tune import tune
+from plora.models.tune_config import TuneConfig
+
+from .conftest import save_tiny_base
+
+WORDS = ("red", "blue", "green", "old", "new", "warm", "cold")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, and small files shaped like the data sets. Do not change them."""
+    found = tmp_path_factory.mktemp("quality")
+    save_tiny_base(found / "base", "llama")
+    (found / "gsm8k").mkdir()
+    for name, count in (("train", 60), ("test", 12)):
+        rows = [
+            {"question": f"{name} {n} plus {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n:,}.\n#### {2 * n:,}"}
+            for n in range(600, 600 + count)
+        ]
+        (found / "gsm8k" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found / "e2e").mkdir()
+    for name, first, count in (("train_small", 0, 20), ("test", 50, 6)):
+        with (found / "e2e" / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["mr", "ref"])
+            for n in range(first, first + count):
+                writer.writerows([f"name[Inn {n}], food[{word}]", f"Inn {n} is {word}, {k}."] for k, word in enumerate(["red"] * 5))
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Base:
+    found = read_base(str(folder / "base"))
+    found.model.float().requires_grad_(False)
+    return found
+
+
+SIZES = tasks.Sizes(gsm8k_tokens=400, gsm8k_held_out=20, gsm8k_validation=4, e2e_held_out=12, e2e_validation=3)
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_nothing_that_is_judged_was_trained_on(name: str, folder: Path, base: Base) -> None:
+    task = tasks.load(name, read_tokenizer(base.source), SIZES, folder)
+
+    def prompts(groups: list[tuple[Example, ...]]) -> set[tuple[int, ...]]:
+        found = set()
+        for row in (row for group in groups for row in group):
+            found.add(tuple(row.input_ids[: next(at for at, label in enumerate(row.labels) if label != -100)]))
+        return found
+
+    train, validation, held_out = (prompts(part) for part in (task.train, task.validation, task.held_out))
+    assert train
+    assert validation
+    assert len(held_out) == len(task.questions) if name != "gsm8k" else len(held_out) == 20
+    assert not (train & validation or train & held_out or validation & held_out)
+
+
+def test_tasks_read_what_the_files_say(folder: Path, base: Base) -> None:
+    tokenizer = read_tokenizer(base.source)
+    maths = tasks.load("gsm8k", tokenizer, SIZES, folder)
+    assert all("<<" not in question.references[0] for question in maths.questions)
+    assert {question.keywords[0].replace(",", "") for question in maths.questions[:12]} == {str(2 * n) for n in range(600, 612)}
+    assert (len(maths.held_out), len(maths.validation), len(maths.train)) == (20, 4, 60 - 8 - 4)
+    dinner = tasks.load("e2e", tokenizer, SIZES, folder)
+    assert [len(group) for group in dinner.held_out] == [5, 5, 5]  # the fewest prompts with 12 rows
+    assert {len(group) for group in dinner.train} == {4}
+    assert len(dinner.train) == 17
+
+
+def test_a_prompt_is_packed_once_with_all_its_answers(folder: Path, base: Base) -> None:
+    task = tasks.load("e2e", read_tokenizer(base.source), SIZES, folder)
+    (pack,) = train.packs_of(task.held_out[:1])
+    assert len(pack.input_ids) < sum(len(row.input_ids) for row in task.held_out[0]) - 3 * len(task.held_out[0])
+
+
+def test_training_is_that_of_plora_tune(folder: Path, base: Base, tmp_path: Path) -> None:
+    """Same rows, steps, rate and basis: the same cores; with another rate, others."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"what is {n}?", "response": f"it is {n * n}"}) + "\n" for n in range(24)))
+    plan = entry_plan(base.shape.layers, 1, 6)
+    config = TuneConfig(
+        str(folder / "base"), data, tmp_path / "out", lambda layers: plan, basis_kind="pca", steps=6, learning_rate=4e-3, device="cpu"
+    )
+    tune(config)
+    expected = read_adapter(tmp_path / "out").cores
+    rows: list[tasks.Group] = [(row,) for row in read_examples(data, read_tokenizer(base.source), 512)]
+    task = tasks.Task("gsm8k", rows, [], [], [], 8)
+
+    def cores(rate: float) -> dict[str, torch.Tensor]:
+        attached = methods.PlanCores(base, plan, "pca", 0)
+        train.train(base.model, attached, base.shape.windows, train.batches(task, 6, 0), rate, lambda text: None)
+        found = {name: attached.cores.core(name).detach().clone() for name in expected}
+        attached.remove()
+        return found
+
+    same, other = cores(4e-3), cores(8e-3)
+    assert max(float((same[name] - core).abs().max()) for name, core in expected.items()) < 1e-5
+    assert max(float((other[name] - core).abs().max()) for name, core in expected.items()) > 1e-3
+
+
+def test_every_method_reads_the_same_rows(folder: Path, base: Base) -> None:
+    task = tasks.load("gsm8k", read_tokenizer(base.source), SIZES, folder)
+    one, again, other = (train.batches(task, 12, seed) for seed in (0, 0, 1))
+    assert one == again
+    assert one != other
+    by_name = {"gsm8k": task, "e2e": tasks.load("e2e", read_tokenizer(base.source), SIZES, folder)}
+    mixed = train.mixed_batches(by_name, ("e2e", "gsm8k"), 12, 0)
+    validation = {row.input_ids[-1] and tuple(row.input_ids) for each in by_name.values() for group in each.validation for row in group}
+    assert not {tuple(row.input_ids) for step in mixed for group in step for row in group} & validation
+
+
+@pytest.mark.parametrize("name", ["control", "lora", "lora-all", "entry"])
+def test_a_method_starts_as_the_base_and_leaves_it_as_it_was(name: str, base: Base) -> None:
+    ids = torch.tensor([[5, 9, 11, 3, 8, 2]])
+    with torch.no_grad():
+        before = base.model(ids).logits
+    attach = {
+        "control": lambda: methods.StaticBias(base.model),
+        "lora": lambda: methods.PeftLora(base.model, QKV),
+        "lora-all": lambda: methods.PeftLora(base.model, TARGETS),
+        "entry": lambda: methods.PlanCores(base, entry_plan(base.shape.layers, 1, 6), "pca", 0),
+    }[name]
+    attached: Any = attach()
+    assert torch.allclose(base.model(ids).logits.detach(), before, atol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        assert float((base.model(ids).logits - before).abs().max()) > 1e-2
+    attached.remove()
+    assert torch.equal(base.model(ids).logits.detach(), before)
+
+
+def test_the_control_reads_no_input(base: Base) -> None:
+    """Its change of a projection is the same whatever goes in; LoRA's is not."""
+    projection = base.model.model.layers[1].self_attn.q_proj
+    one, other = torch.randn(1, 3, base.shape.hidden), torch.randn(1, 3, base.shape.hidden)
+    plain = projection(one), projection(other)
+    for attached, same in ((methods.StaticBias(base.model), True), (methods.PeftLora(base.model, QKV), False)):
+        with torch.no_grad():
+            for parameter in attached.parameters():
+                parameter.add_(0.1)
+        wrapped: Any = base.model.model.layers[1].self_attn.q_proj
+        changes = [wrapped(given) - before for given, before in zip((one, other), plain, strict=True)]
+        assert torch.allclose(*changes, atol=1e-5) is same
+        attached.remove()
+
+
+def test_row_losses_are_those_of_transformers(folder: Path, base: Base) -> None:
+    for name in ("e2e", "gsm8k"):
+        task = tasks.load(name, read_tokenizer(base.source), SIZES, folder)
+        sums, counts = score.row_nlls(base.model, base.shape.windows, task.held_out)
+        rows = [row for group in task.held_out for row in group]
+        assert len(sums) == len(rows)
+        for row, loss, count in zip(rows, sums, counts, strict=True):
+            labels = torch.tensor([row.labels])
+            with torch.no_grad():
+                expected = float(base.model(torch.tensor([row.input_ids]), labels=labels).loss)
+            assert count == sum(label != -100 for label in row.labels[1:])
+            assert loss / count == pytest.approx(expected, rel=1e-4)
+
+
+def test_answers_are_judged_by_their_task() -> None:
+    maths = [tasks.Question("q", ("so\n#### 1,200",), ("1,200",)), tasks.Question("q", ("#### 7",), ("7",))]
+    assert score.judge("gsm8k", maths, ["it is so\n#### 1200", "7"])["exact_match"] == 0.5
+    facts = [tasks.Question("q", ("She is Ann Lee.",), ("ann", "lee")), tasks.Question("q", ("Bo.",), ("bo",))]
+    assert score.judge("persona", facts, ["Her name is Ann-Lee!", "Bob"])["recall"] == 0.5
+    inn = tasks.Question(
+        "name[The Inn], food[Fast food], familyFriendly[no]", ("The Inn serves fast food to adults.", "Fast food at The Inn.")
+    )
+    found = score.judge("e2e", [inn], ["The Inn serves fast food to adults."])
+    assert found["slot_recall"] == 1
+    assert found["bleu"] == pytest.approx(100)
+    assert score.judge("e2e", [inn], ["The Inn is a pub for adults."])["slot_recall"] == 0.5
+    assert score.judge("e2e", [inn], ["It is a quiet pub."])["bleu"] < 10
+
+
+# Learning rates
+
+
+def outcome(**changes: Any) -> dict[str, Any]:
+    settings = {"kind": "final", "task": "e2e", "method": "entry", "rate": 1e-2, "seed": 0, "steps": 30, "answers": 0}
+    return {**settings, "rows": [1.0] * 8, "tokens": [2] * 8, "groups": [1] * 8, **changes}
+
+
+@pytest.mark.parametrize("best", [sweep.GRID[2], sweep.GRID[5], sweep.GRID[8]])
+def test_a_search_ends_with_no_best_at_an_edge(best: float, tmp_path: Path) -> None:
+    store, method = runs.Store(tmp_path / "runs.jsonl"), methods.METHODS["entry"]
+    for _ in range(20):
+        search = sweep.Search.of(store, method, 1)
+        if search.wanted is None:
+            break
+        far = abs(math.log(search.wanted / best))
+        validation = {"gsm8k": far, "e2e": far + 1, "persona": abs(math.log(search.wanted / sweep.GRID[4]))}
+        nll = math.nan if search.wanted > 0.5 else 1.0
+        store.add(outcome(kind="sweep", task="mixture", rate=search.wanted, validation={**validation, "gsm8k": validation["gsm8k"] * nll}))
+    search = sweep.Search.of(store, method, 1)
+    assert search.best == {"gsm8k": best, "e2e": best, "persona": sweep.GRID[4]}
+    assert min(search.tried) < min(search.best.values())
+    assert max(search.tried) > max(search.best.values())
+    assert len(search.tried) < len(sweep.GRID)
+
+
+def test_a_store_goes_on_after_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    runs.Store(path).add(outcome(seed=1))
+    with path.open("a") as file:
+        file.write('{"kind": "final", "ta')
+    store = runs.Store(path)
+    done = runs.Run("final", "e2e", "entry", 1e-2, 1, 30)
+    assert done in store
+    assert runs.Run("final", "e2e", "entry", 1e-2, 2, 30) not in store
+    assert runs.Run("final", "e2e", "entry", 1e-2, 1, 30, answers=5) not in store  # its answers are missing
+    store.add(outcome(seed=2))
+    assert runs.Run("final", "e2e", "entry", 1e-2, 2, 30) in runs.Store(path)
+
+
+# Shares
+
+
+def losses(means: list[float], noise: float = 0.0, prompts: int = 200) -> shares.Losses:
+    """One mean a seed; prompts differ, alike in all methods, by much more than methods do."""
+    common = np.random.default_rng(1).gamma(2.0, 1.0, prompts)
+    own = np.random.default_rng(2).normal(0, noise, (len(means), prompts))
+    return shares.Losses(
+        10 * (np.array(means)[:, None] + common - common.mean() + own), np.full((len(means), prompts), 10.0), tuple(range(len(means)))
+    )
+
+
+def test_a_share_is_of_what_lora_learns_beyond_the_control() -> None:
+    control, lora = losses([2.0, 2.1, 2.2]), losses([1.0, 1.1, 1.2])
+    for x, expected in ((lora, 1.0), (control, 0.0), (losses([1.25, 1.35, 1.45]), 0.75), (losses([0.9, 1.0, 1.1]), 1.1)):
+        value, (low, high), seeds = shares.share(control, lora, x)
+        assert (value, seeds) == (pytest.approx(expected), 3)
+        assert low - 1e-9 <= expected <= high + 1e-9
+        assert high - low < 1e-6  # prompts that differ alike in all methods widen nothing: the draw is paired
+
+
+def test_intervals_know_rows_and_seeds() -> None:
+    control, lora = losses([2.0, 2.0, 2.0]), losses([1.0, 1.0, 1.0])
+    _, (low, high), _ = shares.share(control, lora, losses([1.5, 1.5, 1.5], noise=0.5))
+    assert 0.05 < high - low < 0.3  # 0.5 / sqrt(200 · 3) is 0.02; the mean of 3 drawn seeds' own noise widens it
+    _, (low, high), _ = shares.share(control, lora, losses([1.2, 1.5, 1.8]))
+    assert high - low > 0.3
+    value, _, seeds = shares.share(control, lora, losses([1.5, 1.5, 1.5]).only((1,)))
+    assert (value, seeds) == (pytest.approx(0.5), 1)
+
+
+def test_rows_of_a_prompt_are_drawn_together() -> None:
+    found = shares.Losses.of([outcome(groups=[3, 5])])
+    assert found.sums.tolist() == [[3.0, 5.0]]
+    assert shares.Losses.of([outcome(task="persona")]).tokens.tolist() == [[4.0] * 4]
+    with pytest.raises(ValueError, match="no final run"):
+        shares.Losses.of([])
