@@ -22,7 +22,7 @@ from .runs import Bench, Run, Store, check_tasks, perform
 from .sweep import MIXTURE, SWEEP_STEPS, Search
 from .tasks import DATA, NAMES
 
-STEPS = {"gsm8k": 28, "e2e": 48, "persona": 130}
+STEPS = {"gsm8k": 112, "e2e": 96, "persona": 130}
 """At --times 1, which is sized for two cores."""
 ANSWERED = {"gsm8k": 40, "e2e": 56, "persona": 96}
 """Questions answered in words by a final run of the first seed."""
