@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 # Where pip may find more packages, e.g. the CPU build of torch: make install PIP_FLAGS="--extra-index-url URL"
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
-CODE := artifact protocol models export cloud_server device_runtime tests bench deploy tools examples
+CODE := artifact protocol models export cloud_server device_runtime planner tests bench deploy tools examples
 
 .PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts bench-load bench-soak bench-fuzz image \
-	bench-privacy bench-recall bench-quality persona clean
+	bench-plan bench-privacy bench-recall bench-quality persona clean
 
 install: $(VENV)/.installed
 
@@ -85,6 +85,10 @@ image: install
 # Coverage-guided fuzzing of codec, handshake, stream, service and device: docs/results/fuzz.json
 bench-fuzz: install
 	$(BIN)/python -m bench.fuzz
+
+# What plora-plan foretells of plans beside what is measured over an emulated link: docs/results/plan.json
+bench-plan: install
+	$(BIN)/python -m bench.plan_check
 
 # What the cloud can read under each plan: docs/results/privacy.json
 bench-privacy: install

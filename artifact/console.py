@@ -1,4 +1,4 @@
-"""What the four commands share: an error becomes one line and an exit code, and SIGTERM ends like Ctrl-C."""
+"""What the commands share: an error becomes one line and an exit code, and SIGTERM ends like Ctrl-C."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@
     ├── Unreachable                9   no connection, or it was lost
     │   └── Untrusted                  something is there that does not show that it is our cloud
     ├── ContextOverflow           10   more tokens than the context holds
+    ├── NeedsUnmet                11   no plan meets all that was asked of one
     └── (Ctrl-C)                 130
 
 A message says what was got, what was expected, where, and what to do.
@@ -179,3 +180,7 @@ class Untrusted(Unreachable):
 
 class ContextOverflow(PloraError):
     exit_code = 10
+
+
+class NeedsUnmet(PloraError):
+    exit_code = 11

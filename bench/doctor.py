@@ -45,13 +45,15 @@ def predicted(report: EdgeReport) -> Figures:
     }
 
 
-def measured(edge: Path, link: LinkProcess, threads: int, wire_dtype: str) -> Figures:
+def measured(
+    edge: Path, link: LinkProcess, threads: int, wire_dtype: str, new_tokens: int = NEW_TOKENS, prompts: Sequence[int] = PROMPTS
+) -> Figures:
     """Plain greedy decoding behind a short prompt; bytes as they come out of the link; then prompts alone."""
     with open_session(edge, link.address, threads=threads, wire_dtype=wire_dtype) as session:
         session.text.defaults = dataclasses.replace(session.text.defaults, eos_token_ids=())  # always as many tokens as asked for
         list(session.stream(prompt(8), session.sampling(max_tokens=4, temperature=0.0)))
         session.forget()
-        pieces = session.stream(prompt(PROMPT_TOKENS), session.sampling(max_tokens=NEW_TOKENS, temperature=0.0))
+        pieces = session.stream(prompt(PROMPT_TOKENS), session.sampling(max_tokens=new_tokens, temperature=0.0))
         next(pieces)
         before = link.counters()
         list(pieces)
@@ -59,10 +61,10 @@ def measured(edge: Path, link: LinkProcess, threads: int, wire_dtype: str) -> Fi
         assert session.answer is not None
         found = {
             "tokens_per_second": session.answer.stats.tokens_per_second,
-            "up_megabytes_per_1000_tokens": (after.up_bytes - before.up_bytes) / (NEW_TOKENS - 1) / 1e3,
-            "down_megabytes_per_1000_tokens": (after.down_bytes - before.down_bytes) / (NEW_TOKENS - 1) / 1e3,
+            "up_megabytes_per_1000_tokens": (after.up_bytes - before.up_bytes) / (new_tokens - 1) / 1e3,
+            "down_megabytes_per_1000_tokens": (after.down_bytes - before.down_bytes) / (new_tokens - 1) / 1e3,
         }
-        for size in PROMPTS:
+        for size in prompts:
             session.forget()
             list(session.stream(prompt(size), session.sampling(max_tokens=1, temperature=0.0)))
             found[f"first_token_{size}_seconds"] = session.answer.stats.ttft_seconds

@@ -22,6 +22,7 @@ from .basis import new_adapter
 from .card import card, plan_words
 from .checkpoint import Base, read_base, read_tokenizer
 from .formula import Cores
+from .leaks import Rows, refuse_leaks
 from .report import Report
 from .rows import Example, read_examples
 from .schedule import EVALUATIONS, SAVES, Batches, Schedule, split
@@ -148,11 +149,15 @@ def _start(config: TuneConfig, base: Base, plan: ExchangePlan, kept: Adapter | N
 
 
 def _rows(config: TuneConfig, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out)."""
+    """(to train on, held out). Raises DataError for rows of a held-out file that are trained on."""
     examples = read_examples(config.data, tokenizer, config.max_tokens)
     if config.held_out_share is not None:
         return split(examples, config.held_out_share, config.seed)
-    return examples, read_examples(config.held_out, tokenizer, config.max_tokens) if config.held_out is not None else []
+    if config.held_out is None:
+        return examples, []
+    held_out = read_examples(config.held_out, tokenizer, config.max_tokens)
+    refuse_leaks(Rows.of(config.data), Rows.of(config.held_out))
+    return examples, held_out
 
 
 def _arguments(

@@ -22,10 +22,11 @@ from plora.artifact.names import ADAPTER_CONFIG
 from plora.artifact.plan import SHARED, TARGETS
 from plora.export.cli import main
 from plora.export.drawing import COLUMNS, draw, format_dry_run
-from plora.export.dry_run import dry_run, sides
+from plora.export.dry_run import dry_run
 from plora.models.adapter import ADAPTER_FORMAT, ADAPTER_VERSION, AdapterConfig, expected_basis, expected_cores
 from plora.models.checkpoint import read_skeleton
 from plora.models.plan_flags import PlanChoice
+from plora.models.sides import sides
 
 from .conftest import save_tiny_base
 

@@ -13,9 +13,10 @@ import plora.cloud_server
 import plora.device_runtime
 import plora.export
 import plora.models
+import plora.planner
 import plora.protocol
 
-OURS = ("artifact", "protocol", "models", "export", "cloud_server", "device_runtime")
+OURS = ("artifact", "protocol", "models", "export", "cloud_server", "device_runtime", "planner")
 ALLOWED_OF_OURS = {
     "artifact": (),
     "protocol": ("artifact",),
@@ -23,6 +24,7 @@ ALLOWED_OF_OURS = {
     "export": ("artifact", "protocol", "models"),
     "cloud_server": ("artifact", "protocol"),
     "device_runtime": ("artifact", "protocol"),
+    "planner": ("artifact", "protocol", "models", "device_runtime"),
 }
 BLOCKED_OF_OTHERS = {
     "artifact": (
@@ -43,6 +45,7 @@ BLOCKED_OF_OTHERS = {
     "export": ("grpc",),
     "cloud_server": ("transformers", "onnx", "onnxruntime", "optimum", "safetensors", "tokenizers"),
     "device_runtime": ("torch", "transformers", "onnx", "optimum"),
+    "planner": ("grpc", "onnx", "onnxruntime"),
 }
 BLOCKER = """
 import importlib, importlib.machinery, sys, warnings
@@ -104,5 +107,5 @@ def test_the_blocker_blocks(module: str, wall: str) -> None:
 def test_importing_the_commands_imports_nothing_heavy() -> None:
     """`--help` must not wait for torch."""
     heavy = ["torch", "transformers", "onnxruntime", "onnx", "numpy", "grpc"]
-    result = import_blocked(["plora.export.cli", "plora.cloud_server.cli"], heavy)
+    result = import_blocked(["plora.export.cli", "plora.cloud_server.cli", "plora.planner.cli"], heavy)
     assert result.returncode == 0, result.stderr

@@ -116,11 +116,21 @@ def test_held_out_metrics_are_those_of_the_adapter(work: Path, tmp_path: Path) -
 
 
 def test_metrics_come_at_their_steps(work: Path, tmp_path: Path) -> None:
-    tune(config(work, tmp_path / "out", held_out=work / "rows.jsonl", steps=40, eval_every=16, save_every=100))
+    others = [{**row, "prompt": f"tell me, {row['prompt']}"} for row in ROWS]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    tune(config(work, tmp_path / "out", held_out=tmp_path / "held_out.jsonl", steps=40, eval_every=16, save_every=100))
     *found, summary = records(tmp_path / "out")
     assert [record["step"] for record in found if "held_out_loss" in record] == [0, 16, 32, 40]
     assert [record["step"] for record in found if "loss" in record] == list(range(2, 41, 2))
     assert summary["train_loss"] == found[-2]["loss"]
+
+
+def test_held_out_rows_that_are_trained_on_are_refused(work: Path, tmp_path: Path) -> None:
+    others = [{"prompt": "what is new?", "response": "this"}, ROWS[6] | {"prompt": ROWS[6]["prompt"].upper() + "  "}]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    with pytest.raises(DataError, match=r"held_out.jsonl: 1 of 2 held-out rows are trained on: row 2 is row 7 of .*rows.jsonl; take"):
+        tune(config(work, tmp_path / "out", held_out=tmp_path / "held_out.jsonl"))
+    assert not (tmp_path / "out.unfinished").exists()
 
 
 def test_accumulation_is_a_larger_batch(work: Path, tmp_path: Path) -> None:

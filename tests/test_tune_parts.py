@@ -17,6 +17,7 @@ from plora.models.basis import new_adapter
 from plora.models.calibration import DEFAULT_TEXT, WINDOW_TOKENS, _tokens
 from plora.models.checkpoint import Base, read_base, read_tokenizer
 from plora.models.formula import Cores
+from plora.models.leaks import NAMED, Rows, refuse_leaks
 from plora.models.packing import Pack, pack
 from plora.models.rows import IGNORED, Example, read_examples, read_rows, tokenize
 from plora.models.schedule import Batches, Schedule, split
@@ -179,6 +180,42 @@ def test_held_out_rows_are_not_trained_on() -> None:
     assert split(rows, 0.2, 1)[1] != held
     with pytest.raises(UsageError, match="leaves none to train on"):
         split(rows[:1], 0.3, 0)
+
+
+# Leaks
+
+
+def talk(prompt: str, response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def test_a_leak_is_named_by_both_row_numbers() -> None:
+    trained = Rows(Path("data"), [1, 2, 5], [talk("who?", "me"), talk("where?", "here"), talk("Why  so?", "Yes")])
+    same = Rows(Path("held"), [3, 4], [talk("how?", "thus"), talk("why so?", " yes")])
+    with pytest.raises(DataError, match="held: 1 of 2 held-out rows are trained on: row 4 is row 5 of data; take them out"):
+        refuse_leaks(trained, same)
+    other_answer = Rows(Path("held"), [1], [talk("WHERE?", "there")])
+    refuse_leaks(trained, other_answer)
+    with pytest.raises(DataError, match="held: 1 of 1 held-out prompts are trained on: row 1 is row 2 of data"):
+        refuse_leaks(trained, other_answer, prompts=True)
+
+
+def test_what_leads_to_a_prompt_belongs_to_it() -> None:
+    before = talk("a riddle", "go on")
+    trained = Rows(Path("data"), [1], [talk("who?", "me")])
+    refuse_leaks(trained, Rows(Path("held"), [1], [[*before, *talk("who?", "me")]]), prompts=True)
+
+
+def test_many_leaks_are_counted() -> None:
+    rows = Rows(Path("data"), range(1, 21), [talk(str(n), "x") for n in range(20)])
+    with pytest.raises(DataError, match=f"20 of 20 held-out rows .* and {20 - NAMED} more"):
+        refuse_leaks(rows, rows)
+
+
+def test_rows_of_a_file_by_number(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text("".join(f'{{"prompt": "{n}", "response": "r"}}\n\n' for n in range(1, 5)))
+    assert Rows.of(tmp_path / "rows", [2, 4]).messages == [talk("2", "r"), talk("4", "r")]
+    assert list(Rows.of(tmp_path / "rows").numbers) == [1, 2, 3, 4]
 
 
 # Rows

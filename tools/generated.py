@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROTOCOL_DOC = "docs/protocol.md"
 CLI_DOC = "docs/cli.md"
 COMMANDS = {
+    "plora-plan": "plora.planner.cli",
     "plora-tune": "plora.models.tune_cli",
     "plora-export": "plora.export.cli",
     "plora-cloud": "plora.cloud_server.cli",

@@ -27,8 +27,9 @@ def commands() -> dict[str, click.Command]:
     from plora.device_runtime.cli import main as device
     from plora.export.cli import main as export
     from plora.models.tune_cli import main as tune
+    from plora.planner.cli import main as plan
 
-    return {"plora-tune": tune, "plora-export": export, "plora-cloud": cloud, "plora-device": device}
+    return {"plora-plan": plan, "plora-tune": tune, "plora-export": export, "plora-cloud": cloud, "plora-device": device}
 
 
 def parse(command: click.Command, name: str, words: list[str]) -> None:

@@ -1,0 +1,212 @@
+"""Short tunes of a few plans on the user's rows, kept in a file as they are made: the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact.errors import DamagedFile, UsageError
+from ..artifact.folders import new_file
+from ..artifact.manifest import read_json, write_json
+from ..artifact.plan import ExchangePlan
+from ..artifact.shape import DecoderShape
+from ..artifact.strict import canonical_json, decode, plain
+from ..models.checkpoint import Base, read_base, read_tokenizer
+from ..models.formula import Cores
+from ..models.leaks import Rows, refuse_leaks
+from ..models.report import Report
+from ..models.rows import Example, read_examples
+from ..models.schedule import Batches, Schedule, split
+from ..models.trainer import Tuned
+from ..models.tune_config import default_learning_rate
+from .basis_pool import KIND, BasisPool
+from .candidates import Candidate
+from .quality import CONTROL
+from .short_tune import CONTROL_LEARNING_RATE, Biases, short_tune
+
+FORMAT = "plora-calibration"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """data: rows; held_out: rows of their own, or held_out_share of the data by the seed; steps, batch_size: of each tune; max_tokens:
+    longest row. Raises UsageError."""
+
+    data: Path
+    held_out: Path | None = None
+    held_out_share: float = 0.2
+    steps: int = 40
+    batch_size: int = 8
+    max_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out_share < 0.5:
+            raise UsageError(f"--held-out-share {self.held_out_share}: expected more than 0 and less than 0.5")
+        for flag, value in (("--calibration-steps", self.steps), ("--batch-size", self.batch_size), ("--max-tokens", self.max_tokens)):
+            if value < 1:
+                raise UsageError(f"{flag} {value}: expected at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """candidate: None for the control; held_out_loss: per response token, after the tune."""
+
+    name: str
+    candidate: Candidate | None
+    learning_rate: float
+    held_out_loss: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The file. key: hash of base, data and settings; sizes: of the base, for those who have it not loaded."""
+
+    format: str
+    version: int
+    key: str
+    base_name: str
+    sizes: tuple[int, ...]
+    steps: int
+    rows: int
+    held_out_rows: int
+    losses: tuple[Loss, ...]
+
+    @property
+    def control(self) -> float | None:
+        return next((each.held_out_loss for each in self.losses if each.candidate is None), None)
+
+    @property
+    def by_candidate(self) -> dict[Candidate, float]:
+        return {each.candidate: each.held_out_loss for each in self.losses if each.candidate is not None}
+
+
+def sizes(shape: DecoderShape) -> tuple[int, ...]:
+    return shape.layers, shape.hidden, shape.intermediate, shape.query_width, shape.kv_width, shape.vocabulary
+
+
+def read_calibration(path: Path, shape: DecoderShape) -> Calibration:
+    """Raises MissingFile, DamagedFile, ManifestError, and UsageError for one of another base's sizes, or one that is not done."""
+    value = read_json(path)
+    if not isinstance(value, dict) or (value.get("format"), value.get("version")) != (FORMAT, VERSION):
+        raise DamagedFile(f"{path}: no calibration of this plora; plora-plan --data makes one beside its --out")
+    found = decode(Calibration, value, str(path))
+    if found.sizes != sizes(shape):
+        raise UsageError(
+            f"{path}: calibrated on {found.base_name}, whose sizes are {list(found.sizes)}, not {list(sizes(shape))}; calibrate anew"
+        )
+    return found
+
+
+def calibrate(
+    base: str, config: CalibrationConfig, plans: dict[Candidate, ExchangePlan], rank: int, kept: Path, report: Report
+) -> Calibration:
+    """Tunes the control and each of `plans`, but for what `kept` has of the same base, data and settings; writes `kept` after each.
+
+    report: told of every tune and step. Raises what reading base and rows raises, DataError for held-out rows that are trained on,
+    ModelError.
+    """
+    loaded = read_base(base)
+    tokenizer = read_tokenizer(loaded.source)
+    examples, held_out = _rows(config, tokenizer)
+    schedule = Schedule.plan(len(examples), config.batch_size, 1, 1.0, config.steps, config.seed)
+    key = _key(loaded, config, rank)
+    done = _kept(kept, key, report)
+    state = Calibration(
+        FORMAT, VERSION, key, loaded.name, sizes(loaded.shape), config.steps, len(examples), len(held_out), tuple(done.values())
+    )
+    wanted: dict[str, Candidate | None] = {CONTROL: None, **{each.words: each for each in plans}}
+    missing = {name: candidate for name, candidate in wanted.items() if name not in done}
+    if not missing:
+        return state
+    loaded.model.float()
+    report.note(f"calibrating {len(missing)} of {len(wanted)}: {config.steps} steps each on {len(examples)} rows, {len(held_out)} held out")
+    progress = _Progress(report, len(missing) * schedule.steps)
+    pool = None
+    try:
+        for number, (name, candidate) in enumerate(missing.items(), 1):
+            report.note(f"[{number}/{len(missing)}] tuning {name}")
+            if candidate is None:
+                rate = CONTROL_LEARNING_RATE
+                cores: Any = Biases(loaded.model, loaded.shape)
+            else:
+                pool = pool or BasisPool.of(loaded, rank, config.seed)
+                rate = default_learning_rate(plans[candidate], KIND)
+                cores = Cores(loaded.model, pool.adapter(plans[candidate]), torch.float32)
+            try:
+                torch.manual_seed(config.seed)
+                tuned = Tuned(loaded.model, cores, loaded.shape.windows)
+                loss = short_tune(tuned, Batches(examples, schedule), held_out, rate, progress.advance)
+            finally:
+                cores.remove()
+            state = replace(state, losses=(*state.losses, Loss(name, candidate, rate, loss)))
+            with new_file(kept) as temporary:
+                write_json(temporary, state)
+            report.note(f"[{number}/{len(missing)}] held-out loss {loss:.4f} (learning rate {rate:g})")
+    except KeyboardInterrupt:
+        tunes = f"{len(state.losses)} of {len(wanted)} tunes are kept in {kept}: the same command goes on behind them"
+        report.note(tunes if state.losses else "no tune is done yet: the same command starts anew")
+        raise
+    finally:
+        report.close()
+    return state
+
+
+class _Progress:
+    """Steps of all tunes together."""
+
+    def __init__(self, report: Report, of: int) -> None:
+        self.report = report
+        self.done, self.of = 0, of
+
+    def advance(self) -> None:
+        self.done += 1
+        self.report.advance(self.done, self.of)
+
+
+def _kept(path: Path, key: str, report: Report) -> dict[str, Loss]:
+    """By name, of a file with the same key; none of another, which is replaced."""
+    if not path.exists():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UsageError(f"{path}: not written by plora-plan; move it away, or choose another --out")
+    if value.get("key") != key or value.get("version") != VERSION:
+        report.note(f"{path}: of another base, other rows or settings: calibrating anew")
+        return {}
+    found = decode(Calibration, value, str(path))
+    return {each.name: each for each in found.losses}
+
+
+def _key(base: Base, config: CalibrationConfig, rank: int) -> str:
+    """SHA-256 of all that a held-out loss depends on, beside the plan itself."""
+    settings = {
+        "base": base.fingerprint,
+        "data": _hash(config.data),
+        "held_out": _hash(config.held_out) if config.held_out else config.held_out_share,
+        "settings": [config.steps, config.batch_size, config.max_tokens, config.seed, rank, CONTROL_LEARNING_RATE],
+    }
+    return hashlib.sha256(canonical_json(plain(settings))).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _rows(config: CalibrationConfig, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out); no prompt is in both."""
+    examples = read_examples(config.data, tokenizer, config.max_tokens)
+    if config.held_out is not None:
+        trained, held_out = examples, read_examples(config.held_out, tokenizer, config.max_tokens)
+    else:
+        trained, held_out = split(examples, config.held_out_share, config.seed)
+    numbers = [each.row for each in trained], [each.row for each in held_out]
+    refuse_leaks(Rows.of(config.data, numbers[0]), Rows.of(config.held_out or config.data, numbers[1]), prompts=True)
+    return trained, held_out
