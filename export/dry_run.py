@@ -13,7 +13,7 @@ from ..artifact.names import ADAPTER_CONFIG, down_name
 from ..artifact.plan import Exchange, ExchangePlan, Segment
 from ..artifact.shape import DTYPE_BYTES, DecoderShape, check_fits
 from ..artifact.walk import BackLayers, Entry, Exit, FrontLayers, Stage, walk
-from ..models.adapter import expected_basis, expected_cores, read_config
+from ..models.adapter import expected_basis, read_config
 from ..models.authors import read_authors_checkpoint
 from ..models.checkpoint import read_skeleton
 from ..models.plan_flags import PlanChoice
@@ -94,8 +94,7 @@ def sides(model: Any, plan: ExchangePlan, shape: DecoderShape) -> tuple[dict[str
     held = {down_name(source.layer, name) for source in plan.sources if source.on_device for name, _ in source.ranks}
     for name, (rows, columns) in expected_basis(plan, shape).items():
         (edge if name in held else cloud)[name] = rows * columns
-    for name, (rows, columns) in expected_cores(plan).items():
-        edge[name] = rows * columns
+    edge |= {name: math.prod(size) for name, size in plan.trained.items()}
     return cloud, edge
 
 
@@ -105,7 +104,7 @@ def part(name: str) -> str:
         return {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head", "model.norm.weight": "final norm"}.get(
             name, "decoder layers"
         )
-    return {"down": "A", "up": "B", "expand": "P", "core": "cores"}[name.rpartition(".")[2]]
+    return {"down": "A", "up": "B", "expand": "P", "core": "cores", "weight": "features", "bias": "features"}[name.rpartition(".")[2]]
 
 
 def half(parameters: dict[str, int], base_dtype: str, adapter_dtype: str) -> dict[str, Any]:
@@ -154,6 +153,7 @@ def exchange_facts(exchange: Exchange, plan: ExchangePlan) -> dict[str, Any]:
         "compressed": exchange.compressed_columns,
         "injection": exchange.injection_columns,
         "expanded": exchange.up_columns if exchange.shared else None,
+        "features": exchange.features or None,
         "cores": [
             {"count": count, "out_rank": out_rank, "rank": rank}
             for (out_rank, rank), count in Counter((core.out_rank, core.rank) for core in exchange.cores).items()
