@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) 
 CODE := artifact protocol models export cloud_server device_runtime planner tests bench deploy tools examples
 
 .PHONY: install demo test test-all test-wheel check format generate bench bench-network bench-link bench-precision bench-doctor bench-cuts bench-load bench-soak bench-fuzz image \
-	bench-plan bench-privacy bench-recall bench-quality persona clean
+	bench-plan bench-privacy bench-recovery bench-recall bench-quality persona clean
 
 install: $(VENV)/.installed
 
@@ -93,6 +93,10 @@ bench-plan: install
 # What the cloud can read under each plan: docs/results/privacy.json
 bench-privacy: install
 	$(BIN)/python -m bench.privacy
+
+# What it can learn of linear cores and of cores with private features, and what these cost the device: docs/results/recovery.json
+bench-recovery: install
+	$(BIN)/python -m bench.recovery
 
 # What the demo's persona says of 30 facts, asked in new words: docs/results/recall.json
 bench-recall: install

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .names import CORES_GRAPH, EMBEDDING_GRAPH, ENTRY_GRAPH, HEAD_GRAPH, LAYER_GRAPH
-from .plan import ExchangePlan
+from .names import CORES_GRAPH, EMBEDDING_GRAPH, ENTRY_GRAPH, FEATURES, HEAD_GRAPH, LAYER_GRAPH
+from .plan import Exchange, ExchangePlan
 from .shape import DecoderShape
 
 
 def graph_names(plan: ExchangePlan, shape: DecoderShape) -> tuple[str, ...]:
     """The graphs of an edge half, each there as `.onnx` and as `.ort`. None holds a table, a core or a layer's weights: those are
     inputs, from files of their own."""
-    names = [EMBEDDING_GRAPH, HEAD_GRAPH]
-    if plan.exchanges:
-        names.append(CORES_GRAPH)
-    if plan.entry_exchange:
-        names.append(ENTRY_GRAPH)
-    return (*names, *sorted({layer_graph(shape.windows[layer]) for layer in plan.device_layers}))
+    injections = sorted({injection_graph(exchange) for exchange in plan.all_exchanges})
+    return (EMBEDDING_GRAPH, HEAD_GRAPH, *injections, *sorted({layer_graph(shape.windows[layer]) for layer in plan.device_layers}))
+
+
+def injection_graph(exchange: Exchange) -> str:
+    """The graph that makes this exchange's injection, of compressed or (index -1) of the entry. One serves all such exchanges."""
+    name = ENTRY_GRAPH if exchange.index < 0 else CORES_GRAPH
+    return name + FEATURES if exchange.features else name
 
 
 def layer_graph(window: int) -> str:

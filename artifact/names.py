@@ -8,6 +8,8 @@ CORES_GRAPH = "cores"
 """Compressed to injection, of every exchange."""
 ENTRY_GRAPH = "entry"
 """Entry to injection, where the device holds the entry source's A."""
+FEATURES = "_features"
+"""Ends the names of these two graphs where they serve sources with private features."""
 LAYER_GRAPH = "layer"
 """One decoder layer on the device; edge_layout.py says which graphs a plan needs."""
 GRAPH_FORMATS = ("onnx", "ort")
@@ -38,6 +40,16 @@ def core_name(layer: int, target: str) -> str:
 def shared_core_name(source: int) -> str:
     """Core M `[k, rank]` of a shared injection, in cores.safetensors."""
     return f"sources.{source}.core"
+
+
+def features_weight_name(source: int) -> str:
+    """F `[n, C]` of a source's private features, in cores.safetensors."""
+    return f"sources.{source}.features.weight"
+
+
+def features_bias_name(source: int) -> str:
+    """f `[n]` of a source's private features, in cores.safetensors."""
+    return f"sources.{source}.features.bias"
 
 
 def expand_name(source: int) -> str:

@@ -1,6 +1,7 @@
 """The exchange plan: which layers run where, and who is adapted from what.
 
     y_t = W_t x_t + s · B_t M_t A u        u: output of the *source* layer's input RMSNorm
+    y_t = W_t x_t + s · B_t M_t φ          φ = silu(F A u + f), of a source with private features
 
 The plan fixes, for every adapted layer, its source, its targets and their ranks. Exchanges, segments and columns follow
 from it and are never written down (docs/exchange-plans.md). Method: PrivateLoRA, arXiv 2311.14030, section 3.
@@ -8,11 +9,12 @@ from it and are never written down (docs/exchange-plans.md). Method: PrivateLoRA
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from .errors import PlanError
-from .names import core_name, shared_core_name
+from .names import core_name, features_bias_name, features_weight_name, shared_core_name
+from .strict import OMITTED_AT_DEFAULT
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """Target projections of a decoder layer, in the order in which a layer computes them."""
@@ -29,12 +31,15 @@ class Source:
     on_device: the device holds this A (an entry source); else the cloud does and one exchange carries it.
     shared_injection: k, if one core `[k, rank]` makes one vector of k values for all layers and targets, which the cloud expands
     by a frozen map; 0 if each layer and target has a core of its own.
+    features: n, if the device makes φ = silu(F A u + f) `[T, n]` of the compressed and the cores read that, with F `[n, rank]` and f `[n]`
+    trained and private as they are; 0 if they read the compressed itself.
     """
 
     layer: int
     ranks: tuple[tuple[str, int], ...]
     on_device: bool = False
     shared_injection: int = 0
+    features: int = field(default=0, metadata=OMITTED_AT_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,10 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Core:
-    """One trained M `[out_rank, rank]`: compressed[:, down_start:down_stop] -> injection[:, up_start:up_stop]."""
+    """One trained M `[out_rank, rank]`: compressed[:, down_start:down_stop] -> injection[:, up_start:up_stop].
+
+    Of a source with private features these are the columns that it reads, and `rank` is their number n.
+    """
 
     name: str
     down_start: int
@@ -88,7 +96,7 @@ class Exchange:
     """What one source gives: compressed `[T, compressed_columns]`, and back injection `[T, injection_columns]`.
 
     One network round trip inside a step, or, at index -1, what the device computes by itself for the entry. If shared, the
-    cloud expands the injection to `up_columns` values; else these are the injection's own.
+    cloud expands the injection to `up_columns` values; else these are the injection's own. features: of the source; 0 for none.
     """
 
     index: int
@@ -97,8 +105,23 @@ class Exchange:
     injection_columns: int
     up_columns: int
     shared: bool
+    features: int
     cores: tuple[Core, ...]
     columns: tuple[Column, ...]
+
+    @property
+    def feature_columns(self) -> int:
+        """Columns of what the cores read: features, or the compressed itself."""
+        return self.features or self.compressed_columns
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of its trained tensors, which are private: F and f if it has features, and each core."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.features:
+            shapes[features_weight_name(self.source)] = (self.features, self.compressed_columns)
+            shapes[features_bias_name(self.source)] = (self.features,)
+        return shapes | {core.name: (core.out_rank, core.rank) for core in self.cores}
 
 
 @dataclass(frozen=True)
@@ -162,6 +185,11 @@ class ExchangePlan:
                 raise PlanError(
                     f"{at}: a shared injection of {source.shared_injection} values with down-projections {names}; expected 0, or 1 and "
                     f"more with one down-projection '{SHARED}'"
+                )
+            if source.features < 0 or (source.features and names != [SHARED]):
+                raise PlanError(
+                    f"{at}: {source.features} features with down-projections {names}; expected 0, or 1 and more with one down-projection "
+                    f"'{SHARED}'"
                 )
             stands_for = sum(rank for each in self.adapted if each.source == source.layer for _, rank in each.out_ranks)
             if source.shared_injection > stands_for:
@@ -227,12 +255,13 @@ class ExchangePlan:
                 down = SHARED if SHARED in starts else target
                 columns.append(Column(adapted.layer, target, down, up, up + out_rank))
                 if not source.shared_injection:
-                    cores.append(Core(core_name(adapted.layer, target), *starts[down], up, up + out_rank))
+                    read = (0, source.features) if source.features else starts[down]
+                    cores.append(Core(core_name(adapted.layer, target), *read, up, up + out_rank))
                 up += out_rank
         if source.shared_injection:
-            cores.append(Core(shared_core_name(source.layer), 0, compressed, 0, source.shared_injection))
-        injection = source.shared_injection or up
-        return Exchange(index, source.layer, compressed, injection, up, bool(source.shared_injection), tuple(cores), tuple(columns))
+            cores.append(Core(shared_core_name(source.layer), 0, source.features or compressed, 0, source.shared_injection))
+        injection, shared = source.shared_injection or up, bool(source.shared_injection)
+        return Exchange(index, source.layer, compressed, injection, up, shared, source.features, tuple(cores), tuple(columns))
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -278,6 +307,11 @@ class ExchangePlan:
     def cores(self) -> tuple[Core, ...]:
         """Every trained core, exchange by exchange, the entry's first."""
         return tuple(core for exchange in self.all_exchanges for core in exchange.cores)
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every trained tensor, exchange by exchange, the entry's first."""
+        return {name: size for exchange in self.all_exchanges for name, size in exchange.trained.items()}
 
     @property
     def device_layers(self) -> tuple[int, ...]:

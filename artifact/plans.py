@@ -28,12 +28,12 @@ def entry_plan(
     separate: bool = False,
     shared_injection: int = 0,
     back_layers: int = 0,
+    features: int = 0,
 ) -> ExchangePlan:
     """One round trip per token: every cloud layer is fed by the first one's input, which the device already holds."""
     cloud = layers - front_layers - back_layers
-    return grouped_plan(
-        layers, max(1, cloud), rank, targets, out_rank, separate, shared_injection, front_layers, back_layers, entry_on_device=True
-    )
+    shape = (rank, targets, out_rank, separate, shared_injection)
+    return grouped_plan(layers, max(1, cloud), *shape, front_layers, back_layers, entry_on_device=True, features=features)
 
 
 def grouped_plan(
@@ -47,11 +47,12 @@ def grouped_plan(
     front_layers: int = 0,
     back_layers: int = 0,
     entry_on_device: bool = False,
+    features: int = 0,
 ) -> ExchangePlan:
     """One source per `group` of the cloud's layers: the group's first layer.
 
     rank: of every source, or one per source; out_rank: None for the rank; entry_on_device: the first source is the device's, and
-    costs no exchange. Raises PlanError.
+    costs no exchange; features: private ones of every source. Raises PlanError.
     """
     if group < 1:
         raise PlanError(f"group of {group} layers, expected at least 1")
@@ -68,7 +69,7 @@ def grouped_plan(
         raise PlanError(f"{len(ranks)} ranks for {len(firsts)} sources (layers {', '.join(map(str, firsts))}); give one, or one each")
     names = ordered if separate else [SHARED]
     sources = tuple(
-        Source(first, tuple((name, own) for name in names), entry_on_device and first == front_layers, shared_injection)
+        Source(first, tuple((name, own) for name in names), entry_on_device and first == front_layers, shared_injection, features)
         for first, own in zip(firsts, ranks, strict=True)
     )
     adapted: list[AdaptedLayer] = []

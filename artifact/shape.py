@@ -74,6 +74,8 @@ def check_fits(plan: ExchangePlan, shape: DecoderShape) -> None:
         for name, rank in source.ranks:
             if rank > shape.hidden:
                 raise PlanError(f"source {source.layer}, down-projection {name}: rank {rank} exceeds the hidden size {shape.hidden}")
+        if source.features > shape.intermediate:  # as wide as the base's own MLPs, and no wider: else it is no small part of a layer
+            raise PlanError(f"source {source.layer}: {source.features} features exceed the intermediate size {shape.intermediate}")
     for adapted in plan.adapted:
         for target, out_rank in adapted.out_ranks:
             if out_rank > shape.hidden:

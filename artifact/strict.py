@@ -13,6 +13,10 @@ from .errors import ManifestError
 
 T = TypeVar("T")
 
+OMITTED_AT_DEFAULT = {"omitted_at_default": True}
+"""Metadata of a dataclass field that is not written at its default, and has it where it is missing: what was written before the field
+came, and every hash of it, stays as it is."""
+
 
 def canonical_json(value: Any) -> bytes:
     """One byte string per value: sorted keys, no white space, shortest round-trip floats (as RFC 8785 in spirit)."""
@@ -22,12 +26,17 @@ def canonical_json(value: Any) -> bytes:
 def plain(value: Any) -> Any:
     """Dataclasses and tuples as dicts and lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        named = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: plain(own) for field, own in named if not (_may_miss(field) and own == field.default)}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return value
+
+
+def _may_miss(field: dataclasses.Field[Any]) -> bool:
+    return field.metadata.get("omitted_at_default", False)
 
 
 def decode(cls: type[T], value: Any, where: str) -> T:
@@ -40,7 +49,9 @@ def decode(cls: type[T], value: Any, where: str) -> T:
         if key not in fields:
             raise ManifestError(f"{where}.{key}: unknown key; known: {', '.join(fields)}. Was it made by a newer plora?")
     arguments = {}
-    for name in fields:
+    for name, field in fields.items():
+        if name not in value and _may_miss(field):
+            continue
         if name not in value:
             raise ManifestError(f"{where}.{name}: missing key")
         arguments[name] = _decode(hints[name], value[name], f"{where}.{name}")

@@ -350,7 +350,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "round_trips": plan.round_trips,
         "front_layers": plan.front_layers,
         "back_layers": plan.back_layers,
-        "core_stdev": float(np.concatenate([block.ravel() for block in edge._blocks.values()]).std()),
+        "core_stdev": float(np.concatenate([private["cores"].ravel() for private in edge._private.values()]).std()),
         "tokens_by_text": {name: len(ids) for name, ids in known.items()},
         "reference_nll_nats": float(np.concatenate(nll).mean()),
         "fp32_in_other_chunks": floor,

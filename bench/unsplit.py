@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora.artifact import ExchangePlan
-from plora.artifact.errors import AdapterError
+from plora.artifact.errors import AdapterError, UsageError
 from plora.cloud_server.engine import padded_rows
 from plora.export.cloud_build import build_cloud_graph
 from plora.export.cloud_graph import CloudGraph, RMSNorm
@@ -96,6 +96,8 @@ class UnsplitModel:
             merge(base.model, adapter)
         except AdapterError:
             plan = adapter.config.plan
+            if any(source.features for source in plan.sources):
+                raise UsageError("the unsplit model of the bench computes linear cores only; this plan has private features") from None
             sources = tuple(dataclasses.replace(source, on_device=False) for source in plan.sources)
             plan = dataclasses.replace(plan, front_layers=0, back_layers=0, sources=sources)
             return dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, plan=plan)), False

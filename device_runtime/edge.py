@@ -10,15 +10,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..artifact.edge_layout import graph_names, layer_graph, layer_slices
+from ..artifact.edge_layout import graph_names, injection_graph, layer_graph, layer_slices
 from ..artifact.errors import DamagedFile, UsageError
 from ..artifact.manifest import EdgeManifest, check_files, read_manifest, require_file
 from ..artifact.names import (
     CORES,
-    CORES_GRAPH,
     EMBEDDING_GRAPH,
     ENTRY_DOWN,
-    ENTRY_GRAPH,
     GRAPH_FORMATS,
     HEAD_GRAPH,
     HEAD_TABLE,
@@ -51,7 +49,7 @@ class Edge:
         other = "ort" if graphs == "onnx" else "onnx"
         unused = {CORES} if cores_file or base_only else set()
         check_files(folder, self.manifest, frozenset(n for n in self.manifest.files if not n.endswith(f".{other}") and n not in unused))
-        one_row = {EMBEDDING_GRAPH, CORES_GRAPH, ENTRY_GRAPH}
+        one_row = {EMBEDDING_GRAPH, *map(injection_graph, self.plan.all_exchanges)}
         self._graphs = {
             name: self._open(f"{name}.{graphs}", 1 if name in one_row else threads) for name in graph_names(self.plan, self.shape)
         }
@@ -62,9 +60,9 @@ class Edge:
         if held := self.plan.entry_exchange:
             self._entry_down = self._map(ENTRY_DOWN, np.dtype("<f4"), (held.compressed_columns, self.shape.hidden))
         if base_only:
-            self._blocks = zero_cores(self.plan)
+            self._private = zero_cores(self.plan)
         else:
-            self._blocks = read_cores(cores_file or require_file(self.manifest, folder, CORES), self.plan, self.contract.basis)
+            self._private = read_cores(cores_file or require_file(self.manifest, folder, CORES), self.plan, self.contract.basis)
 
     def _open(self, name: str, threads: int) -> ort.InferenceSession:
         path = require_file(self.manifest, self.folder, name)
@@ -114,12 +112,12 @@ class Edge:
         return self._run(EMBEDDING_GRAPH, ids=np.asarray(ids, np.int64), table=self.table)
 
     def inject(self, exchange: Exchange, compressed: Floats) -> Floats:
-        """One exchange: compressed [T, C] -> injection M A u [T, I], float32."""
-        return self._run(CORES_GRAPH, compressed=compressed, cores=self._blocks[exchange.index])
+        """One exchange: compressed [T, C] -> injection M A u, or M silu(F A u + f), [T, I], float32."""
+        return self._run(injection_graph(exchange), compressed=compressed, **self._private[exchange.index])
 
     def entry_injection(self, exchange: Exchange, hidden: Floats) -> Floats:
-        """What goes with the entry [T, hidden] if the entry layer is a source: M A u [T, I], float32."""
-        return self._run(ENTRY_GRAPH, hidden=hidden, down=self._entry_down, cores=self._blocks[exchange.index])
+        """What goes with the entry [T, hidden] if the entry layer is a source: as above, [T, I], float32."""
+        return self._run(injection_graph(exchange), hidden=hidden, down=self._entry_down, **self._private[exchange.index])
 
     def logits(self, residual: Floats) -> Floats:
         """The residual stream before the final norm [T, hidden] float32 -> logits [T, vocabulary] float32."""

@@ -114,10 +114,9 @@ def without_exchanges(plan: ExchangePlan) -> ExchangePlan:
     """The entry plan of the same layers, targets and ranks."""
     targets = {target: rank for adapted in plan.adapted for target, rank in adapted.out_ranks}
     names = {name: rank for source in plan.sources for name, rank in source.ranks}
-    shared = max(source.shared_injection for source in plan.sources)
-    return entry_plan(
-        plan.layers, plan.front_layers, max(names.values()), tuple(targets), max(targets.values()), False, shared, plan.back_layers
-    )
+    shared, features = (max(getattr(source, what) for source in plan.sources) for what in ("shared_injection", "features"))
+    shape = (max(names.values()), tuple(targets), max(targets.values()), False, shared)
+    return entry_plan(plan.layers, plan.front_layers, *shape, plan.back_layers, features)
 
 
 def with_shared_injections(plan: ExchangePlan) -> ExchangePlan:

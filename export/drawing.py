@@ -94,7 +94,7 @@ def relative(group: list[Facts]) -> Any:
     source = exchange["source"]
     fed = [(each["first"] - source, each["stop"] - source, each["targets"]) for each in exchange["feeds"]]
     inputs = [index if index < 0 else exchange["index"] - index for index in segment["inputs"]]
-    figures = [exchange[key] for key in ("ranks", "cores", "injection", "expanded")]
+    figures = [exchange[key] for key in ("ranks", "features", "cores", "injection", "expanded")]
     return figures, fed, inputs, segment["stop"] - segment["first"]
 
 
@@ -133,13 +133,14 @@ def stage_rows(stage: Facts, i: int | None) -> list[Row]:
 
 
 def injection_rows(facts: Facts, i: int | None) -> list[Row]:
-    """Cores on the device, the injection on the wire, and in the cloud whom it feeds."""
+    """Features and cores on the device, the injection on the wire, and in the cloud whom it feeds."""
     cores = ", ".join(f"{counted(each['count'], 'core')} [{each['out_rank']}, {each['rank']}]" for each in facts["cores"])
     text = f"> injection [{facts['injection']}] {facts['bytes_up'][WIRE]:,} B"
     fed = [f"feeds {layers(each['first'], each['stop'], i)}: {', '.join(each['targets'])}" for each in facts["feeds"]]
     expanded = [f"P expands it to {facts['expanded']}"] if facts["expanded"] else []
     first, *others = expanded + fed
-    return [(cores, text, first), *(("", "", other) for other in others)]
+    features = [(f"{counted(facts['features'], 'private feature')}", "", "")] if facts["features"] else []
+    return [*features, (cores, text, first), *(("", "", other) for other in others)]
 
 
 def down_projections(facts: Facts, hidden: int) -> str:
@@ -164,7 +165,7 @@ def where(facts: Facts) -> list[str]:
     cloud, edge = facts["cloud"], facts["edge"]
     names = [
         name
-        for name in ("embedding", "head", "final norm", "decoder layers", "A", "B", "P", "cores")
+        for name in ("embedding", "head", "final norm", "decoder layers", "A", "B", "P", "features", "cores")
         if name in cloud["parts"] or name in edge["parts"]
     ]
     lines = [f"{'values, MB':<28}{'device':>24}{'cloud':>28}"]

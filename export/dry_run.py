@@ -108,6 +108,7 @@ def exchange_facts(exchange: Exchange, plan: ExchangePlan) -> dict[str, Any]:
         "compressed": exchange.compressed_columns,
         "injection": exchange.injection_columns,
         "expanded": exchange.up_columns if exchange.shared else None,
+        "features": exchange.features or None,
         "cores": [
             {"count": count, "out_rank": out_rank, "rank": rank}
             for (out_rank, rank), count in Counter((core.out_rank, core.rank) for core in exchange.cores).items()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ..artifact.edge_layout import graph_names, layer_graph
-from ..artifact.names import CORES_GRAPH, EMBEDDING_GRAPH, ENTRY_GRAPH, HEAD_GRAPH
+from ..artifact.names import CORES_GRAPH, EMBEDDING_GRAPH, ENTRY_GRAPH, FEATURES, HEAD_GRAPH
 from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DecoderShape
 from .layer_graphs import layer_model
@@ -37,32 +37,41 @@ def embedding_graph(shape: DecoderShape, dtype: str) -> onnx.ModelProto:
     return model(EMBEDDING_GRAPH, nodes, inputs, [value("hidden", FLOAT, ["T", shape.hidden])])
 
 
-def cores_graph() -> onnx.ModelProto:
+def cores_graph(features: bool = False) -> onnx.ModelProto:
     """compressed [T, C], cores [I, C] -> injection [T, I]: one exchange; the same graph serves all of them.
 
-    cores: the exchange's cores M as blocks, zero where a core does not read a column of the compressed.
+    cores: the exchange's cores M as blocks, zero where a core does not read a column of the compressed. With features: cores [I, N],
+    features [N, C], features_bias [N].
     """
     nodes = Nodes()
-    nodes.add("Gemm", ["compressed", "cores"], "injection", transB=1)
-    inputs = [value("compressed", FLOAT, ["T", "C"]), value("cores", FLOAT, ["I", "C"])]
-    return model(CORES_GRAPH, nodes, inputs, [value("injection", FLOAT, ["T", "I"])])
+    private = _inject(nodes, features)
+    inputs = [value("compressed", FLOAT, ["T", "C"]), *private]
+    return model(CORES_GRAPH + FEATURES * features, nodes, inputs, [value("injection", FLOAT, ["T", "I"])])
 
 
-def entry_graph(shape: DecoderShape) -> onnx.ModelProto:
+def _inject(nodes: Nodes, features: bool) -> list[onnx.ValueInfoProto]:
+    """compressed -> injection = M A u, or M silu(F A u + f); returns the inputs that it adds: what is private."""
+    if not features:
+        nodes.add("Gemm", ["compressed", "cores"], "injection", transB=1)
+        return [value("cores", FLOAT, ["I", "C"])]
+    z = nodes.linear("compressed", "features", "features.linear")
+    nodes.add("Sigmoid", [z], "features.gate")
+    nodes.add("Mul", [z, "features.gate"], "features.active")
+    nodes.add("Gemm", ["features.active", "cores"], "injection", transB=1)
+    return [value("cores", FLOAT, ["I", "N"]), value("features", FLOAT, ["N", "C"]), value("features_bias", FLOAT, ["N"])]
+
+
+def entry_graph(shape: DecoderShape, features: bool = False) -> onnx.ModelProto:
     """hidden [T, H], down [C, H], cores [I, C] -> injection [T, I]: what the device sends with the entry.
 
-    down: A of the entry source with the weight of its input RMSNorm folded in, so that down · hidden / rms = A u.
+    down: A of the entry source with the weight of its input RMSNorm folded in, so that down · hidden / rms = A u. features: as above.
     """
     nodes = Nodes()
     nodes.unit("hidden", shape.epsilon, "entry")
     nodes.add("Gemm", ["entry.unit", "down"], "compressed", transB=1)
-    nodes.add("Gemm", ["compressed", "cores"], "injection", transB=1)
-    inputs = [
-        value("hidden", FLOAT, ["T", shape.hidden]),
-        value("down", FLOAT, ["C", shape.hidden]),
-        value("cores", FLOAT, ["I", "C"]),
-    ]
-    return model(ENTRY_GRAPH, nodes, inputs, [value("injection", FLOAT, ["T", "I"])])
+    private = _inject(nodes, features)
+    inputs = [value("hidden", FLOAT, ["T", shape.hidden]), value("down", FLOAT, ["C", shape.hidden]), *private]
+    return model(ENTRY_GRAPH + FEATURES * features, nodes, inputs, [value("injection", FLOAT, ["T", "I"])])
 
 
 def head_graph(shape: DecoderShape, norm: NDArray[np.float32], dtype: str) -> onnx.ModelProto:
@@ -88,6 +97,8 @@ def write_graphs(folder: Path, plan: ExchangePlan, shape: DecoderShape, norm: ND
         HEAD_GRAPH: lambda: head_graph(shape, norm, dtype),
         CORES_GRAPH: cores_graph,
         ENTRY_GRAPH: lambda: entry_graph(shape),
+        CORES_GRAPH + FEATURES: lambda: cores_graph(True),
+        ENTRY_GRAPH + FEATURES: lambda: entry_graph(shape, True),
         **{layer_graph(window): partial(layer_model, shape, window) for window in set(shape.windows)},
     }
     names = list(graph_names(plan, shape))

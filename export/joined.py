@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from ..artifact.edge_layout import graph_names, layer_graph, layer_slices
+from ..artifact.edge_layout import graph_names, injection_graph, layer_graph, layer_slices
 from ..artifact.errors import DamagedFile, WrongPair
 from ..artifact.manifest import CloudManifest, EdgeManifest, read_manifest
 from ..artifact.names import (
     CLOUD_GRAPH,
     CORES,
-    CORES_GRAPH,
     EMBEDDING_GRAPH,
     ENTRY_DOWN,
-    ENTRY_GRAPH,
     HEAD_GRAPH,
     HEAD_TABLE,
     LAYERS,
     TABLE,
+    features_bias_name,
+    features_weight_name,
 )
 from ..artifact.plan import Exchange, Segment
 from ..artifact.walk import BackLayers, Entry, Exit, FrontLayers, walk
@@ -107,18 +107,21 @@ class Halves:
     def logits(self, residual: Floats) -> Floats:
         return self.run(HEAD_GRAPH, exit=residual, table=self.head_table)
 
-    def block(self, exchange: Exchange) -> Floats:
-        """The exchange's cores as one matrix [I, C]."""
-        block = np.zeros((exchange.injection_columns, exchange.compressed_columns), np.float32)
+    def private(self, exchange: Exchange) -> dict[str, Floats]:
+        """The private inputs of the exchange's graph: its cores as one matrix [I, N], and F and f of its features."""
+        block = np.zeros((exchange.injection_columns, exchange.feature_columns), np.float32)
         for core in exchange.cores:
             block[core.up_start : core.up_stop, core.down_start : core.down_stop] = self.cores[core.name]
-        return block
+        if not exchange.features:
+            return {"cores": block}
+        weight, bias = self.cores[features_weight_name(exchange.source)], self.cores[features_bias_name(exchange.source)]
+        return {"cores": block, "features": weight, "features_bias": bias}
 
     def inject(self, exchange: Exchange, compressed: Floats) -> Floats:
-        return self.run(CORES_GRAPH, compressed=compressed, cores=self.block(exchange))
+        return self.run(injection_graph(exchange), compressed=compressed, **self.private(exchange))
 
     def entry_injection(self, exchange: Exchange, hidden: Floats) -> Floats:
-        return self.run(ENTRY_GRAPH, hidden=hidden, down=self.entry_down, cores=self.block(exchange))
+        return self.run(injection_graph(exchange), hidden=hidden, down=self.entry_down, **self.private(exchange))
 
     def device_layers(self, first: int, stop: int, hidden: Floats) -> Floats:
         """[T, H] through device layers at the session's position; their caches grow."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ..artifact.plan import Exchange, ExchangePlan
 from ..artifact.shape import DecoderShape, check_fits
 from ..artifact.strict import canonical_json, decode
 from .checkpoint import fp32_bytes
+from .features import start_features
 
 ADAPTER_FORMAT = "plora-adapter"
 ADAPTER_VERSION = 2
@@ -50,7 +52,7 @@ class AdapterConfig:
 @dataclass
 class Adapter:
     """Tensors by file name: basis holds each A `[rank, hidden]`, B `[out, out_rank]` and, where an injection is shared, P as `[2, I]`
-    (expansion); cores each M `[out_rank, rank]`; all fp32 on the CPU."""
+    (expansion); cores each M `[out_rank, rank]` and, of a source with private features, F `[n, C]` and f `[n]`; all fp32 on the CPU."""
 
     config: AdapterConfig
     basis: dict[str, Tensor]
@@ -72,11 +74,6 @@ def expected_basis(plan: ExchangePlan, shape: DecoderShape) -> dict[str, tuple[i
     return shapes
 
 
-def expected_cores(plan: ExchangePlan) -> dict[str, tuple[int, int]]:
-    """Name -> shape of every core of `plan`."""
-    return {core.name: (core.out_rank, core.rank) for core in plan.cores}
-
-
 def hash_basis(plan: ExchangePlan, scale: float, basis: dict[str, Tensor]) -> str:
     """SHA-256 of plan, scale and tensors: what every persona on this basis shares."""
     named = ((name, tuple(basis[name].shape), fp32_bytes(basis[name])) for name in sorted(basis))
@@ -84,18 +81,29 @@ def hash_basis(plan: ExchangePlan, scale: float, basis: dict[str, Tensor]) -> st
 
 
 def make_adapter(
-    plan: ExchangePlan, shape: DecoderShape, basis: dict[str, Tensor], scale: float, kind: str, seed: int, base: str, base_name: str
+    plan: ExchangePlan,
+    shape: DecoderShape,
+    basis: dict[str, Tensor],
+    scale: float,
+    kind: str,
+    seed: int,
+    base: str,
+    base_name: str,
+    features_seed: int | None = None,
 ) -> Adapter:
-    """An adapter with cores of zero. Raises AdapterError or PlanError where tensors, plan and shape do not fit."""
+    """An adapter with cores of zero. features_seed: of F, for tests and studies alone (features.py).
+
+    Raises AdapterError or PlanError where tensors, plan and shape do not fit.
+    """
     check_fits(plan, shape)
     check_shapes(basis, expected_basis(plan, shape), "basis")
     check_expansions(basis, plan, "basis")
     config = AdapterConfig(ADAPTER_FORMAT, ADAPTER_VERSION, plan, scale, kind, seed, hash_basis(plan, scale, basis), base, base_name)
-    cores = {name: torch.zeros(size) for name, size in expected_cores(plan).items()}
-    return Adapter(config, basis, cores)
+    cores = {name: torch.zeros(size) for name, size in plan.trained.items()}
+    return Adapter(config, basis, cores | start_features(plan, features_seed))
 
 
-def check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, int]], what: str) -> None:
+def check_shapes(tensors: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raises AdapterError for the first tensor that is missing, unknown, of a wrong shape or not finite."""
     for name in tensors:
         if name not in expected:
@@ -207,7 +215,7 @@ def read_cores(path: Path, config: AdapterConfig) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: format {metadata.get('format')!r}, expected {CORES_FORMAT!r}")
     if metadata.get("basis") != config.basis:
         raise WrongPair(f"{path}: cores for basis {str(metadata.get('basis'))[:16]}…, but this basis is {config.basis[:16]}…")
-    check_shapes(cores, expected_cores(config.plan), str(path))
+    check_shapes(cores, config.plan.trained, str(path))
     return cores
 
 

@@ -14,7 +14,7 @@ from ..artifact.errors import AdapterError, DamagedFile, MissingFile
 from ..artifact.names import core_name, down_name, up_name
 from ..artifact.plan import TARGETS, AdaptedLayer, ExchangePlan, Source
 from ..artifact.shape import DecoderShape
-from .adapter import Adapter, check_shapes, expected_cores, make_adapter, replace_cores
+from .adapter import Adapter, check_shapes, make_adapter, replace_cores
 
 KEY = re.compile(
     r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<target>[a-z]+)_lora\.(?P<part>lora_A|lora_mobile|lora_B)(?:\.weight)?"
@@ -37,7 +37,7 @@ def read_authors_checkpoint(path: Path, shape: DecoderShape) -> Adapter:
         basis[up_name(layer, target)] = tensors["lora_B"]
         cores[core_name(layer, target)] = tensors["lora_mobile"]
     adapter = make_adapter(plan, shape, basis, 1.0, "imported", 0, "", path.name)
-    check_shapes(cores, expected_cores(plan), str(path))
+    check_shapes(cores, plan.trained, str(path))
     return replace_cores(adapter, cores)
 
 

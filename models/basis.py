@@ -112,8 +112,17 @@ def _check_rank(weight: Tensor, rank: int, where: str) -> None:
         raise AdapterError(f"{where}: rank {rank} exceeds {min(weight.shape)}, the smaller side of a weight {list(weight.shape)}")
 
 
-def new_adapter(base: Base, plan: ExchangePlan, kind: str, scale: float, seed: int, calibration: Path | None = None) -> Adapter:
-    """An adapter with a fresh basis of `kind` and cores of zero. calibration: text for "pca"; None for plora's own."""
+def new_adapter(
+    base: Base,
+    plan: ExchangePlan,
+    kind: str,
+    scale: float,
+    seed: int,
+    calibration: Path | None = None,
+    features_seed: int | None = None,
+) -> Adapter:
+    """An adapter with a fresh basis of `kind` and cores of zero. calibration: text for "pca"; None for plora's own; features_seed: of F,
+    for tests and studies alone (features.py)."""
     if kind not in BASIS_KINDS:
         raise AdapterError(f"basis {kind!r}; supported: {', '.join(BASIS_KINDS)}")
     check_fits(plan, base.shape)
@@ -123,7 +132,7 @@ def new_adapter(base: Base, plan: ExchangePlan, kind: str, scale: float, seed: i
         basis = svd_basis(plan, base, seed) if kind == "svd" else pca_basis(plan, base, seed, calibration)
     places = {expand_name(exchange.source) for exchange in plan.all_exchanges if exchange.shared}
     basis = {name: tensor if name in places else rounded(tensor) for name, tensor in basis.items()}
-    return make_adapter(plan, base.shape, basis, scale, kind, seed, base.fingerprint, base.name)
+    return make_adapter(plan, base.shape, basis, scale, kind, seed, base.fingerprint, base.name, features_seed)
 
 
 def rounded(tensor: Tensor) -> Tensor:

@@ -29,7 +29,11 @@ def plan_words(plan: ExchangePlan) -> str:
         f"rank {_range(rank for source in plan.sources for _, rank in source.ranks)}",
         f"cores {_range(core.out_rank for core in plan.cores)} rows",
     ]
-    return ", ".join([*parts, *([f"shared injection of {_range(shared)} values"] if shared else [])])
+    if shared:
+        parts.append(f"shared injection of {_range(shared)} values")
+    if features := {source.features for source in plan.sources if source.features}:
+        parts.append(f"cores of {_range(features)} private features")
+    return ", ".join(parts)
 
 
 def card(config: AdapterConfig, base: str, folder: str, summary: dict[str, Any], learning_rate: float, own_text: bool) -> str:

@@ -1,8 +1,9 @@
 """The adapter's formula on a frozen base: what tuning trains, and what both halves together must equal.
 
     y_t = W_t x_t + s · B_t M_t A u          M_t = P_t M where one core M is shared (plan: shared_injection)
+    y_t = W_t x_t + s · B_t M_t φ            φ = silu(F A u + f), of a source with private features (plan: features)
 
-PrivateLoRA, arXiv 2311.14030, section 3; source layers and shared injections: docs/exchange-plans.md.
+PrivateLoRA, arXiv 2311.14030, section 3; source layers, shared injections and features: docs/exchange-plans.md.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact.errors import AdapterError
-from ..artifact.names import core_name, down_name, expand_name, shared_core_name, up_name
+from ..artifact.names import core_name, down_name, expand_name, features_bias_name, features_weight_name, shared_core_name, up_name
 from ..artifact.plan import Column, Exchange, Source
 from ..artifact.shape import check_fits
 from .adapter import Adapter, expansion, replace_cores
 from .checkpoint import decoder_shape
+from .features import features_of
 
 
 class Cores(nn.Module):
     """The adapter's formula, hooked into a transformers model: the unsplit oracle, and what tuning trains.
 
     u is captured at each source layer's input RMSNorm; each target projection's output gains s · B M A u. A, B and P are buffers,
-    so that they go where the model goes.
+    so that they go where the model goes. compressed, read: A u, and what the cores read of it, by source and down-projection.
     """
 
     def __init__(self, model: Any, adapter: Adapter, dtype: torch.dtype) -> None:
@@ -45,6 +47,7 @@ class Cores(nn.Module):
         for name, tensor in frozen.items():
             self.register_buffer(_key(name), tensor.to(device, dtype), persistent=False)
         self.compressed: dict[tuple[int, str], Tensor] = {}
+        self.read: dict[tuple[int, str], Tensor] = {}
         self.expanded: dict[int, Tensor] = {}
         self.handles: list[Any] = []
         layers = model.model.layers
@@ -60,17 +63,24 @@ class Cores(nn.Module):
         return self.get_buffer(_key(name))
 
     def core(self, name: str) -> Tensor:
+        """Any trained tensor by its name in cores.safetensors."""
         return self.cores[_key(name)]
 
     def _capture(self, source: Source, exchange: Exchange) -> Any:
         def hook(module: nn.Module, inputs: Any, u: Tensor) -> None:
             for name, _ in source.ranks:
-                self.compressed[source.layer, name] = nn.functional.linear(u, self.frozen(down_name(source.layer, name)))
+                compressed = nn.functional.linear(u, self.frozen(down_name(source.layer, name)))
+                self.compressed[source.layer, name] = compressed
+                self.read[source.layer, name] = self.features(source.layer, compressed) if source.features else compressed
             if exchange.shared:
                 places, signs = self.get_buffer(f"places_{source.layer}"), self.get_buffer(f"signs_{source.layer}")
                 self.expanded[source.layer] = self.injection(exchange).index_select(-1, places) * signs
 
         return hook
+
+    def features(self, source: int, compressed: Tensor) -> Tensor:
+        """φ of a source that has features: compressed `[…, C]` -> `[…, n]`."""
+        return features_of(compressed, self.core(features_weight_name(source)), self.core(features_bias_name(source)))
 
     def _inject(self, exchange: Exchange, column: Column) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -78,7 +88,7 @@ class Cores(nn.Module):
                 injection = self.expanded[exchange.source][..., column.start : column.stop]
             else:
                 core = self.core(core_name(column.layer, column.target))
-                injection = nn.functional.linear(self.compressed[exchange.source, column.down], core)
+                injection = nn.functional.linear(self.read[exchange.source, column.down], core)
             return output + self.scale * nn.functional.linear(injection, self.frozen(up_name(column.layer, column.target)))
 
         return hook
@@ -88,9 +98,9 @@ class Cores(nn.Module):
         if exchange.shared:
             (core,) = exchange.cores
             (down,) = (name for name, _ in self.plan.source(exchange.source).ranks)
-            return nn.functional.linear(self.compressed[exchange.source, down], self.core(core.name))
+            return nn.functional.linear(self.read[exchange.source, down], self.core(core.name))
         parts = [
-            nn.functional.linear(self.compressed[exchange.source, column.down], self.core(core_name(column.layer, column.target)))
+            nn.functional.linear(self.read[exchange.source, column.down], self.core(core_name(column.layer, column.target)))
             for column in exchange.columns
         ]
         return torch.cat(parts, -1)
@@ -110,7 +120,7 @@ def _key(name: str) -> str:
 
 
 def effective_core(adapter: Adapter, exchange: Exchange, column: Column) -> Tensor:
-    """M_t `[out_rank, rank]` of one target, whether its injection is shared or not."""
+    """M_t `[out_rank, rank]` of one target, whether its injection is shared or not; `[out_rank, n]` if its source has features."""
     if exchange.shared:
         places, signs = (each[column.start : column.stop] for each in expansion(adapter.basis, exchange))
         return adapter.cores[shared_core_name(exchange.source)][places] * signs[:, None]
@@ -138,10 +148,14 @@ def adapted(model: Any, adapter: Adapter, dtype: torch.dtype | None = None) -> I
 def merge(model: Any, adapter: Adapter) -> None:
     """Adds s · B M A to the weights in place: only where a target's own input is u (source = own layer; q, k or v).
 
-    Raises AdapterError for any other column, before anything is changed: no weight of the base can hold it.
+    Raises AdapterError for any other column, and for private features, before anything is changed: no weight of the base can hold it.
     """
     columns = [(exchange, column) for exchange in adapter.config.plan.all_exchanges for column in exchange.columns]
     for exchange, column in columns:
+        if exchange.features:
+            raise AdapterError(
+                f"source {exchange.source} has {exchange.features} private features, which are not linear: cannot be merged into a weight"
+            )
         if column.layer != exchange.source or column.target not in ("q", "k", "v"):
             raise AdapterError(f"layer {column.layer}, target {column.target}, source {exchange.source}: cannot be merged into a weight")
     for exchange, column in columns:

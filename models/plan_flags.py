@@ -14,13 +14,17 @@ from ..artifact.plan import TARGETS, ExchangePlan
 from ..artifact.plans import QKV, entry_plan, grouped_plan, read_plan
 
 NAMED = ("paper", "grouped", "entry")
+PLAN_FLAGS = (
+    *("plan", "group", "front_layers", "back_layers", "rank", "out_rank", "targets", "separate", "shared_injection"),
+    "core_features",
+)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class PlanChoice:
     """A plan before the number of layers is known. name: one of NAMED, or the path of a plan's JSON file; ranks: one, or one per
-    source; targets: None for the plan's own; group: of a grouped plan; out_rank: None for the rank."""
+    source; targets: None for the plan's own; group: of a grouped plan; out_rank: None for the rank; core_features: of every source."""
 
     name: str = "paper"
     ranks: tuple[int, ...] = (64,)
@@ -31,6 +35,7 @@ class PlanChoice:
     out_rank: int | None = None
     separate: bool = False
     shared_injection: int = 0
+    core_features: int = 0
 
     def plan(self, layers: int) -> ExchangePlan:
         """For a decoder of `layers` layers. Raises PlanError, and for a file MissingFile, DamagedFile, ManifestError."""
@@ -41,8 +46,9 @@ class PlanChoice:
         targets = self.targets or (QKV if self.name == "paper" else TARGETS)
         shape = (self.ranks, targets, self.out_rank, self.separate, self.shared_injection)
         if self.name == "entry":
-            return entry_plan(layers, self.front_layers, *shape, self.back_layers)
-        return grouped_plan(layers, 1 if self.name == "paper" else self.group, *shape, self.front_layers, self.back_layers)
+            return entry_plan(layers, self.front_layers, *shape, self.back_layers, self.core_features)
+        group = 1 if self.name == "paper" else self.group
+        return grouped_plan(layers, group, *shape, self.front_layers, self.back_layers, features=self.core_features)
 
 
 def plan_options(function: Command) -> Command:
@@ -73,6 +79,12 @@ def plan_options(function: Command) -> Command:
             metavar="K",
             help="One core [K, rank] per exchange, whose K values the cloud expands for all layers and targets. [default: off]",
         ),
+        click.option(
+            "--core-features",
+            type=int,
+            metavar="N",
+            help="Non-linear cores: they read N private features that the device makes of each source's compressed. [default: off]",
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -83,7 +95,7 @@ def chosen_plan(flags: dict[str, Any]) -> PlanChoice | None:
     """Takes the plan's flags out of `flags`; None if none was given. Raises UsageError for flags that do not go together."""
     given = {
         name: value
-        for name in ("plan", "group", "front_layers", "back_layers", "rank", "out_rank", "targets", "separate", "shared_injection")
+        for name in PLAN_FLAGS
         if (value := flags.pop(name)) is not None and value is not False  # 0 is given, and may be refused
     }
     if not given:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ..artifact.names import down_name
 from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DTYPE_BYTES, DecoderShape
-from .adapter import expected_basis, expected_cores
+from .adapter import expected_basis
 
 BASE_PREFIXES = ("model.", "lm_head.")
 """How the names of the base's parameters begin; the adapter's begin otherwise (artifact/names.py)."""
@@ -27,8 +28,7 @@ def sides(model: Any, plan: ExchangePlan, shape: DecoderShape) -> tuple[dict[str
     held = {down_name(source.layer, name) for source in plan.sources if source.on_device for name, _ in source.ranks}
     for name, (rows, columns) in expected_basis(plan, shape).items():
         (edge if name in held else cloud)[name] = rows * columns
-    for name, (rows, columns) in expected_cores(plan).items():
-        edge[name] = rows * columns
+    edge |= {name: math.prod(size) for name, size in plan.trained.items()}
     return cloud, edge
 
 
@@ -38,7 +38,7 @@ def part(name: str) -> str:
         return {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head", "model.norm.weight": "final norm"}.get(
             name, "decoder layers"
         )
-    return {"down": "A", "up": "B", "expand": "P", "core": "cores"}[name.rpartition(".")[2]]
+    return {"down": "A", "up": "B", "expand": "P", "core": "cores", "weight": "features", "bias": "features"}[name.rpartition(".")[2]]
 
 
 def half(parameters: dict[str, int], base_dtype: str, adapter_dtype: str) -> dict[str, Any]:

@@ -143,9 +143,10 @@ def _start(config: TuneConfig, base: Base, plan: ExchangePlan, kept: Adapter | N
     """The adapter with cores of zero."""
     if kept is None:
         base.model.float()
-        return new_adapter(base, plan, config.basis_kind, config.scale, config.seed, config.calibration)
+        return new_adapter(base, plan, config.basis_kind, config.scale, config.seed, config.calibration, config.features_seed)
     its = kept.config
-    return make_adapter(its.plan, base.shape, kept.basis, its.scale, its.basis_kind, its.seed, its.base, its.base_name)
+    same = (its.scale, its.basis_kind, its.seed, its.base, its.base_name)
+    return make_adapter(its.plan, base.shape, kept.basis, *same, config.features_seed)
 
 
 def _rows(config: TuneConfig, tokenizer: Any) -> tuple[list[Example], list[Example]]:
@@ -214,6 +215,7 @@ def _settings(
         "device": device,
         "--learning-rate": config.learning_rate,
         "--seed": config.seed,
+        "features seed": config.features_seed,
         "--max-tokens": config.max_tokens,
         "--held-out": _hash(config.held_out),
         "--held-out-share": config.held_out_share,

@@ -31,7 +31,8 @@ class TuneConfig:
     adapter folder whose basis and plan to keep; calibration: text for a "pca" basis, None for plora's own; steps: None for `epochs`
     over the data; batch_size: rows per process and accumulated batch; learning_rate: peak, None for the basis' default; max_tokens:
     longest row; held_out: rows to evaluate on, or held_out_share of the data; eval_every, save_every: steps, None for 4 and 10 times
-    in a run; restart: discard what an interrupted run left.
+    in a run; restart: discard what an interrupted run left; features_seed: of the private features' start, for tests and studies alone:
+    None draws it from the system's entropy.
 
     Raises UsageError.
     """
@@ -58,6 +59,7 @@ class TuneConfig:
     device: str = "auto"
     replace: bool = False
     restart: bool = False
+    features_seed: int | None = None
 
     def __post_init__(self) -> None:
         if (self.plan is None) == (self.basis is None):

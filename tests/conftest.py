@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from plora.artifact import Exchange, ExchangePlan, entry_plan, paper_plan
+from plora.artifact.names import features_bias_name, features_weight_name
 from plora.device_runtime import PrivateSession
 from plora.export.config import ExportConfig
 from plora.export.export import export
@@ -27,6 +28,7 @@ from plora.export.halves import write_halves
 from plora.models.adapter import Adapter, replace_cores, write_adapter
 from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base, read_base
+from plora.models.features import features_of
 from plora.models.formula import merge
 
 transformers.utils.logging.set_verbosity_error()
@@ -238,4 +240,8 @@ def answer(session: PrivateSession, ids: list[int], count: int) -> list[int]:
 
 def injected(adapter: Adapter, exchange: Exchange, compressed: Tensor) -> Tensor:
     """What a device returns: compressed [..., C] -> injection [..., I], by the adapter's own cores."""
-    return torch.cat([compressed[..., core.down_start : core.down_stop] @ adapter.cores[core.name].T for core in exchange.cores], -1)
+    read = compressed
+    if exchange.features:
+        weight, bias = adapter.cores[features_weight_name(exchange.source)], adapter.cores[features_bias_name(exchange.source)]
+        read = features_of(compressed, weight, bias)
+    return torch.cat([read[..., core.down_start : core.down_stop] @ adapter.cores[core.name].T for core in exchange.cores], -1)

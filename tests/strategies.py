@@ -12,11 +12,14 @@ from plora.artifact.plan import SHARED, TARGETS
 
 from .conftest import FAMILIES, LLAMA3_ROPE, YARN_ROPE
 
+MAX_FEATURES = 8
+"""Of a source; fewer than any of the tiny decoders' intermediate sizes."""
+
 
 @st.composite
 def legal_plans(draw: st.DrawFn, min_layers: int = 1, max_layers: int = 8, max_rank: int = 6) -> ExchangePlan:
-    """Any legal plan of a few layers: device layers, sources shared by groups or not, an entry source, shared injections, any
-    adapted layers (or none), targets and ranks."""
+    """Any legal plan of a few layers: device layers, sources shared by groups or not, an entry source, shared injections, private
+    features, any adapted layers (or none), targets and ranks."""
     layers = draw(st.integers(min_layers, max_layers))
     front = draw(st.sampled_from([0, 1, 2]).map(lambda count: min(count, layers - 1)))
     back = draw(st.sampled_from([0, 1, 2]).map(lambda count: min(count, layers - 1 - front)))
@@ -34,7 +37,8 @@ def legal_plans(draw: st.DrawFn, min_layers: int = 1, max_layers: int = 8, max_r
         on_device = layer == front and draw(st.booleans())
         stands_for = sum(rank for each in adapted if each.source == layer for _, rank in each.out_ranks)
         shared = draw(st.integers(0, stands_for)) if names == (SHARED,) else 0
-        sources.append(Source(layer, tuple((name, draw(ranks)) for name in names), on_device, shared))
+        features = draw(st.one_of(st.just(0), st.integers(1, MAX_FEATURES))) if names == (SHARED,) else 0
+        sources.append(Source(layer, tuple((name, draw(ranks)) for name in names), on_device, shared, features))
     return ExchangePlan(layers, front, back, tuple(sources), tuple(adapted))
 
 

@@ -25,7 +25,6 @@ from plora.models.adapter import (
     check_shapes,
     expansion,
     expected_basis,
-    expected_cores,
     hash_basis,
     make_adapter,
     read_adapter,
@@ -274,7 +273,7 @@ def test_a_config_of_another_kind_is_refused(folder: Path) -> None:
 def test_each_wrong_tensor_is_named(made: Made, folder: Path) -> None:
     adapter = made.adapter
     name = core_name(1, "k")
-    shape = list(expected_cores(adapter.config.plan)[name])
+    shape = list(adapter.config.plan.trained[name])
     cases: list[tuple[dict[str, Tensor], str]] = [
         ({**adapter.cores, "layers.7.q.core": torch.zeros(6, 6)}, "unknown tensor layers.7.q.core"),
         ({key: value for key, value in adapter.cores.items() if key != name}, f"tensor {name} is missing"),
@@ -285,7 +284,7 @@ def test_each_wrong_tensor_is_named(made: Made, folder: Path) -> None:
     metadata = {"format": "plora-cores-1", "basis": adapter.config.basis}
     for cores, complaint in cases:
         with pytest.raises(AdapterError, match=complaint):
-            check_shapes(cores, expected_cores(adapter.config.plan), "cores")
+            check_shapes(cores, adapter.config.plan.trained, "cores")
         save_file(cores, folder / CORES, metadata)
         with pytest.raises(AdapterError, match=complaint):
             read_adapter(folder)

@@ -227,15 +227,15 @@ def test_a_thousand_personas_leave_nothing_behind(tmp_path: Path) -> None:
     """Each has other cores, so other injections; the server has the same objects after the thousandth as after the hundredth."""
     made = parts(PLANS["entry"], tmp_path, slots=2)
     acts = [Act(tokens=2, exit_rows=1, keep=1000, interrupted_after=None)]
-    blocks = {name: value.copy() for name, value in made.edge._blocks.items()}
+    blocks = {index: private["cores"].copy() for index, private in made.edge._private.items()}
     alive = []
     with service_of(made.engine) as service:
 
         async def all_of_them() -> None:
             async with asyncio.timeout(10 * BOUND_SECONDS):
                 for persona in range(1000):
-                    for name, value in blocks.items():
-                        made.edge._blocks[name] = value * np.float32(1 + persona / 1000)
+                    for index, value in blocks.items():
+                        made.edge._private[index]["cores"] = value * np.float32(1 + persona / 1000)
                     await converse(made, service, acts, 0)
                     if persona in (99, 999):
                         await emptied(service)

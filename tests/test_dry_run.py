@@ -23,7 +23,7 @@ from plora.artifact.plan import SHARED, TARGETS
 from plora.export.cli import main
 from plora.export.drawing import COLUMNS, draw, format_dry_run
 from plora.export.dry_run import dry_run
-from plora.models.adapter import ADAPTER_FORMAT, ADAPTER_VERSION, AdapterConfig, expected_basis, expected_cores
+from plora.models.adapter import ADAPTER_FORMAT, ADAPTER_VERSION, AdapterConfig, expected_basis
 from plora.models.checkpoint import read_skeleton
 from plora.models.plan_flags import PlanChoice
 from plora.models.sides import sides
@@ -91,9 +91,9 @@ def test_every_parameter_is_on_exactly_one_side(family: str, name: str, bases: d
     assert not set(cloud) & set(edge)
     wanted = {name: parameter.numel() for name, parameter in model.named_parameters()}
     assert ("lm_head.weight" in wanted) == (family == "llama")
-    wanted |= {name: rows * columns for name, (rows, columns) in (expected_basis(plan, shape) | expected_cores(plan)).items()}
+    wanted |= {name: rows * columns for name, (rows, columns) in (expected_basis(plan, shape) | plan.trained).items()}
     assert cloud | edge == wanted
-    assert set(expected_cores(plan)) <= set(edge)
+    assert set(plan.trained) <= set(edge)
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= set(edge)
     on_edge = {int(each.split(".")[2]) for each in edge if each.startswith("model.layers.")}
     in_cloud = {int(each.split(".")[2]) for each in cloud if each.startswith("model.layers.")}

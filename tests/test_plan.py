@@ -238,12 +238,12 @@ def test_what_follows_from_any_plan(plan: ExchangePlan) -> None:
             ([c.up_start for c in exchange.cores], [c.up_stop for c in exchange.cores], exchange.injection_columns),
         ):
             assert [*starts, end] == [0, *stops]  # side by side, no gaps
-        assert all(0 <= core.down_start < core.down_stop <= exchange.compressed_columns for core in exchange.cores)
+        assert all(0 <= core.down_start < core.down_stop <= exchange.feature_columns for core in exchange.cores)
         assert exchange.shared or exchange.up_columns == exchange.injection_columns
         assert len(exchange.cores) == (1 if exchange.shared else len(exchange.columns))
         ranks = dict(plan.source(exchange.source).ranks)
         names = [SHARED] if exchange.shared else [column.down for column in exchange.columns]
-        assert [core.rank for core in exchange.cores] == [ranks[name] for name in names]
+        assert [core.rank for core in exchange.cores] == [exchange.features or ranks[name] for name in names]
     assert len({core.name for core in plan.cores}) == len(plan.cores)
     wanted = {(each.layer, target, out_rank) for each in plan.adapted for target, out_rank in each.out_ranks}
     assert sorted(wanted) == sorted((c.layer, c.target, c.out_rank) for c in plan.columns)

@@ -56,6 +56,9 @@ MEANINGS: dict[str, ExchangePlan] = {
     "--plan entry": entry_plan(LAYERS, 0, 64),
     "--plan entry --front-layers 4 --back-layers 1 --rank 8": entry_plan(LAYERS, 4, 8, back_layers=1),
     "--plan entry --rank 8 --shared-injection 32 --targets gate,down": entry_plan(LAYERS, 0, 8, ("gate", "down"), shared_injection=32),
+    "--plan entry --rank 8 --core-features 16": entry_plan(LAYERS, 0, 8, features=16),
+    "--rank 8 --core-features 16 --back-layers 1": grouped_plan(LAYERS, 1, 8, back_layers=1, features=16),
+    "--group 3 --rank 8 --shared-injection 10 --core-features 5": grouped_plan(LAYERS, 3, 8, TARGETS, shared_injection=10, features=5),
     "--plan entry --separate --out-rank 3": entry_plan(LAYERS, 0, 64, separate=True, out_rank=3),
 }
 
@@ -88,6 +91,7 @@ def test_a_file_is_a_plan(tmp_path: Path) -> None:
         ("--plan p.json --rank 8", r"--plan p\.json is a file and says everything; leave out --rank"),
         ("--plan p.json --group 3 --front-layers 2 --separate", "leave out --group, --front-layers, --separate"),
         ("--plan p.json --shared-injection 4", "leave out --shared-injection"),
+        ("--plan p.json --core-features 4", "leave out --core-features"),
         ("--plan p.json --front-layers 0", "leave out --front-layers"),
         ("--plan paper --group 3", "--group 3 goes with --plan grouped, not paper"),
         ("--plan entry --group 3", "--group 3 goes with --plan grouped, not entry"),
@@ -117,6 +121,8 @@ def test_flags_that_do_not_go_together(words: str, message: str) -> None:
         ("--out-rank 0", "out_rank 0"),
         ("--group -2", "group of -2 layers, expected at least 1"),
         ("--plan entry --rank 2 --shared-injection 200", "source 0: a shared injection of 200 values stands for 168 only"),
+        ("--plan entry --separate --core-features 8", "8 features with down-projections .* 'shared'"),
+        ("--core-features -1", "source 0: -1 features"),
         ("--plan entry --separate --shared-injection 8", "expected 0, or 1 and more with one down-projection 'shared'"),
     ],
 )

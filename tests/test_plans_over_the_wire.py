@@ -52,6 +52,8 @@ PLANS: dict[str, tuple[str, ExchangePlan, dict[str, Any]]] = {
     "entry-front-back-shared": ("mistral-window", entry_plan(5, 1, 6, shared_injection=7, back_layers=2), FUSED),
     "front-back": ("llama-mha-bias", grouped_plan(5, 2, 4, front_layers=2, back_layers=1), {"head_dim": 12}),
     "custom": ("llama3-rope", CUSTOM, FUSED),
+    "entry-features": ("llama", entry_plan(4, 1, 6, shared_injection=9, features=10), FUSED),
+    "grouped-features": ("qwen2", grouped_plan(4, 2, 6, ("q", "v", "o", "down"), out_rank=4, features=7), {}),
 }
 
 
@@ -223,6 +225,6 @@ def test_a_plan_between_server_and_device(name: str, tmp_path: Path) -> None:
 def test_plans_of_these_tests_are_what_their_names_say() -> None:
     assert {name: plan.round_trips for name, (_, plan, _) in PLANS.items()} == {
         "paper": 4, "grouped": 3, "grouped-ranks-separate": 4, "grouped-shared": 3, "entry": 1, "entry-front": 1,
-        "entry-front-back-shared": 1, "front-back": 2, "custom": 3,
+        "entry-front-back-shared": 1, "front-back": 2, "custom": 3, "entry-features": 1, "grouped-features": 3,
     }  # fmt: skip
     assert [segment.inputs for segment in CUSTOM.segments] == [(-1,), (-1, 0), (0, 1)]
