@@ -16,18 +16,21 @@ from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DecoderShape
 from ..artifact.strict import canonical_json, decode, plain
 from ..models.checkpoint import Base, read_base, read_tokenizer
+from ..models.control import StaticBias
 from ..models.formula import Cores
 from ..models.leaks import Rows, refuse_leaks
 from ..models.report import Report
 from ..models.rows import Example, read_examples
 from ..models.schedule import Batches, Schedule, split
+from ..models.short_tune import held_out_loss, short_tune
 from ..models.trainer import Tuned
 from ..models.tune_config import default_learning_rate
 from .basis_pool import KIND, BasisPool
 from .candidates import Candidate
 from .quality import CONTROL
-from .short_tune import CONTROL_LEARNING_RATE, Biases, short_tune
 
+CONTROL_LEARNING_RATE = 1e-2
+"""Peak rate of the control's vectors."""
 FORMAT = "plora-calibration"
 VERSION = 1
 
@@ -128,6 +131,7 @@ def calibrate(
         return state
     loaded.model.float()
     report.note(f"calibrating {len(missing)} of {len(wanted)}: {config.steps} steps each on {len(examples)} rows, {len(held_out)} held out")
+    batches = Batches(examples, schedule)
     progress = _Progress(report, len(missing) * schedule.steps)
     pool = None
     try:
@@ -135,7 +139,7 @@ def calibrate(
             report.note(f"[{number}/{len(missing)}] tuning {name}")
             if candidate is None:
                 rate = CONTROL_LEARNING_RATE
-                cores: Any = Biases(loaded.model, loaded.shape)
+                cores: Any = StaticBias(loaded.model)
             else:
                 pool = pool or BasisPool.of(loaded, rank, config.seed)
                 rate = default_learning_rate(plans[candidate], KIND)
@@ -143,7 +147,9 @@ def calibrate(
             try:
                 torch.manual_seed(config.seed)
                 tuned = Tuned(loaded.model, cores, loaded.shape.windows)
-                loss = short_tune(tuned, Batches(examples, schedule), held_out, rate, progress.advance)
+                packs = (batches[step]["packs"] for step in range(schedule.steps))
+                short_tune(tuned, packs, schedule.steps, rate, progress.advance)
+                loss = held_out_loss(tuned, held_out, schedule.batch_size)
             finally:
                 cores.remove()
             state = replace(state, losses=(*state.losses, Loss(name, candidate, rate, loss)))
@@ -166,7 +172,7 @@ class _Progress:
         self.report = report
         self.done, self.of = 0, of
 
-    def advance(self) -> None:
+    def advance(self, step: int, loss: float) -> None:
         self.done += 1
         self.report.advance(self.done, self.of)
 

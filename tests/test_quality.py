@@ -17,6 +17,7 @@ from plora.artifact.plan import TARGETS
 from plora.artifact.plans import QKV, entry_plan
 from plora.models.adapter import read_adapter
 from plora.models.checkpoint import Base, read_base, read_tokenizer
+from plora.models.control import StaticBias
 from plora.models.rows import Example, read_examples
 from plora.models.tune import tune
 from plora.models.tune_config import TuneConfig
@@ -135,7 +136,7 @@ def test_a_method_starts_as_the_base_and_leaves_it_as_it_was(name: str, base: Ba
     with torch.no_grad():
         before = base.model(ids).logits
     attach = {
-        "control": lambda: methods.StaticBias(base.model),
+        "control": lambda: StaticBias(base.model),
         "lora": lambda: methods.PeftLora(base.model, QKV),
         "lora-all": lambda: methods.PeftLora(base.model, TARGETS),
         "entry": lambda: methods.PlanCores(base, entry_plan(base.shape.layers, 1, 6), "pca", 0),
@@ -156,7 +157,7 @@ def test_the_control_reads_no_input(base: Base) -> None:
     projection = base.model.model.layers[1].self_attn.q_proj
     one, other = torch.randn(1, 3, base.shape.hidden), torch.randn(1, 3, base.shape.hidden)
     plain = projection(one), projection(other)
-    for attached, same in ((methods.StaticBias(base.model), True), (methods.PeftLora(base.model, QKV), False)):
+    for attached, same in ((StaticBias(base.model), True), (methods.PeftLora(base.model, QKV), False)):
         with torch.no_grad():
             for parameter in attached.parameters():
                 parameter.add_(0.1)

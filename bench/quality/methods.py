@@ -5,17 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from plora.artifact.plan import TARGETS, ExchangePlan
 from plora.artifact.plans import QKV, entry_plan, grouped_plan, paper_plan
 from plora.models.adapter import Adapter, replace_cores
 from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base
-from plora.models.formula import Cores, target_projection
+from plora.models.control import StaticBias
+from plora.models.formula import Cores
 
 LORA_RANK = 16
 LORA_ALPHA = 32
@@ -23,38 +24,16 @@ RANK = 64
 FRONT_LAYERS = 4
 
 
-class Attached(nn.Module):
-    """Trainable parameters that are hooked into the base; `remove` leaves the base as it was."""
+class Attached(Protocol):
+    """Trainable parameters that are hooked into the base; `remove` leaves the base as it was. An nn.Module."""
 
-    def remove(self) -> None:
-        raise NotImplementedError
+    parameters: Any
+    to: Any
 
-
-class StaticBias(Attached):
-    """The control: a free bias at every target's output, y = W x + b. It learns the format of answers and nothing of their questions
-    (BitFit, arXiv 2106.10199, at the projections)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.biases = nn.ParameterList()
-        self.handles: list[Any] = []
-        for layer in model.model.layers:
-            for target in TARGETS:
-                projection = target_projection(layer, target)
-                bias = nn.Parameter(torch.zeros(projection.out_features, device=projection.weight.device))  # pyright: ignore
-                self.biases.append(bias)
-                self.handles.append(projection.register_forward_hook(self._add(bias)))
-
-    @staticmethod
-    def _add(bias: Tensor) -> Callable[..., Tensor]:
-        return lambda module, inputs, output: output + bias
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+    def remove(self) -> None: ...
 
 
-class PeftLora(Attached):
+class PeftLora(nn.Module):
     """LoRA (arXiv 2106.09685) by peft: B starts at zero, A random, alpha / r = 2, no dropout."""
 
     def __init__(self, model: Any, targets: tuple[str, ...]) -> None:
@@ -73,7 +52,7 @@ class PeftLora(Attached):
         self._unload()
 
 
-class PlanCores(Attached):
+class PlanCores(nn.Module):
     """PrivateLoRA's cores under an exchange plan, by the formula that plora-tune trains and plora-export verifies."""
 
     def __init__(self, base: Base, plan: ExchangePlan, basis_kind: str, seed: int) -> None:
@@ -92,7 +71,7 @@ def _start(base: Base, plan: ExchangePlan, basis_kind: str, seed: int) -> Adapte
     """Cores of zero on a basis by the seed."""
     key = (plan, basis_kind, seed)
     if key not in _BASES:
-        _BASES[key] = new_adapter(base, plan, basis_kind, 1.0, seed)
+        _BASES[key] = new_adapter(base, plan, basis_kind, 1.0, seed, features_seed=seed)
     kept = _BASES[key]
     return replace_cores(kept, {name: core.clone() for name, core in kept.cores.items()})  # tuning changes cores in place
 
@@ -122,10 +101,14 @@ def _shared(values: int) -> Method:
     return _under(f"entry-{values}", words, _entry(shared_injection=values), guess=1e-2)
 
 
+def _features(count: int) -> Method:
+    return _under(f"entry-features-{count}", f"entry plan, {count} private features (non-linear cores)", _entry(features=count))
+
+
 METHODS = {
     method.name: method
     for method in (
-        Method("control", "static bias at every projection: no input is read", 3e-3, lambda base, seed: StaticBias(base.model)),
+        Method("control", "static bias at every projection", 3e-3, lambda base, seed: StaticBias(base.model)),
         Method("lora", "LoRA r = 16 on q, k, v (peft)", 1e-3, lambda base, seed: PeftLora(base.model, QKV)),
         Method("lora-all", "LoRA r = 16 on all seven linear targets (peft)", 1e-3, lambda base, seed: PeftLora(base.model, TARGETS)),
         _under("paper", "the paper's plan and random basis: q, k, v, 30 exchanges", lambda n: paper_plan(n, RANK), "random", 1e-2),
@@ -133,6 +116,8 @@ METHODS = {
         _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry()),
         _shared(2048),
         _shared(512),
+        _features(64),
+        _features(256),
     )
 }
 HEADLINE = ("control", "lora", "entry", "grouped", "paper")

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-import transformers
-
+from plora.artifact.errors import ModelError
 from plora.models.packing import Pack, pack
 from plora.models.schedule import Schedule
+from plora.models.short_tune import short_tune
 from plora.models.trainer import Tuned
 
 from .methods import Attached
@@ -44,32 +43,17 @@ def mixed_batches(tasks: dict[str, Task], turns: Sequence[str], steps: int, seed
 def train(
     model: Any, attached: Attached, windows: tuple[int, ...], steps: Sequence[Sequence[Group]], rate: float, tell: Callable[[str], None]
 ) -> float:
-    """Mean loss per response token over the last quarter of the steps; NaN once a loss is not finite, and the run ends there.
+    """Mean loss per response token over the last quarter of the steps; NaN once a loss is not finite, and the run ends there."""
+    losses: list[float] = []
 
-    AdamW without weight decay, gradient norm clipped at 1, warm-up and linear decay as in plora-tune.
-    """
-    warmup = Schedule(1, 1, 1, len(steps), 0).warmup_steps
-    trained = [parameter for parameter in attached.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    pace = transformers.get_linear_schedule_with_warmup(optimizer, warmup, len(steps))
+    def told(step: int, loss: float) -> None:
+        losses.append(loss)
+        tell(f"step {step}/{len(steps)}: loss {loss:.3f}")
+
     tuned = Tuned(model, attached, windows)  # pyright: ignore[reportArgumentType]  it only keeps the module
-    device = next(model.parameters()).device
-    sums = [0.0, 0]
-    for step, groups in enumerate(steps, 1):
-        packs = [each.to(device) for each in packs_of(groups)]
-        tokens = sum(len(each.at) for each in packs)
-        total = 0.0
-        optimizer.zero_grad(set_to_none=True)
-        for each in packs:  # one at a time: memory for the activations of one sequence
-            loss = tuned([each])["loss"]
-            (loss / tokens).backward()
-            total += float(loss.detach())
-        if not math.isfinite(total):
-            return math.nan
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        pace.step()
-        if step > len(steps) * 3 // 4:
-            sums = [sums[0] + total, sums[1] + tokens]
-        tell(f"step {step}/{len(steps)}: loss {total / tokens:.3f}")
-    return sums[0] / sums[1]
+    try:
+        short_tune(tuned, (packs_of(groups) for groups in steps), len(steps), rate, told)
+    except ModelError:
+        return math.nan
+    last = losses[len(steps) * 3 // 4 :]
+    return sum(last) / len(last)
