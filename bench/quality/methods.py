@@ -98,7 +98,7 @@ def _entry(**changes: Any) -> Callable[[int], ExchangePlan]:
 
 def _shared(values: int) -> Method:
     words = f"entry plan, shared injection of {values} values"
-    return _under(f"entry-{values}", words, _entry(shared_injection=values), guess=1e-2)
+    return _under(f"entry-{values}", words, _entry(shared_injection=values), guess=3e-3)
 
 
 def _features(count: int) -> Method:
@@ -108,16 +108,16 @@ def _features(count: int) -> Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("control", "static bias at every projection", 3e-3, lambda base, seed: StaticBias(base.model)),
-        Method("lora", "LoRA r = 16 on q, k, v (peft)", 1e-3, lambda base, seed: PeftLora(base.model, QKV)),
-        Method("lora-all", "LoRA r = 16 on all seven linear targets (peft)", 1e-3, lambda base, seed: PeftLora(base.model, TARGETS)),
-        _under("paper", "the paper's plan and random basis: q, k, v, 30 exchanges", lambda n: paper_plan(n, RANK), "random", 1e-2),
-        _under("grouped", "grouped plan, 5 exchanges, all seven targets", lambda n: grouped_plan(n, 6, RANK, TARGETS)),
+        Method("control", "static bias at q, k, v: LoRA's targets, reading no input", 1e-2, lambda base, seed: StaticBias(base.model, QKV)),
+        Method("lora", "LoRA r = 16 on q, k, v (peft)", 3e-3, lambda base, seed: PeftLora(base.model, QKV)),
+        Method("lora-all", "LoRA r = 16 on all seven linear targets (peft)", 3e-3, lambda base, seed: PeftLora(base.model, TARGETS)),
+        _under("paper", "the paper's plan and random basis: q, k, v, 30 exchanges", lambda n: paper_plan(n, RANK), "random", 3e-3),
+        _under("grouped", "grouped plan, 5 exchanges, all seven targets", lambda n: grouped_plan(n, 6, RANK, TARGETS), guess=1e-3),
         _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry()),
         _shared(2048),
         _shared(512),
         _features(64),
-        _features(256),
+        Method("bias-all", "static bias at all seven linear targets", 1e-2, lambda base, seed: StaticBias(base.model)),
     )
 }
 HEADLINE = ("control", "lora", "entry", "grouped", "paper")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -14,19 +15,20 @@ import torch
 
 from plora.models.checkpoint import Base, read_base, read_tokenizer
 
-from .methods import METHODS
+from .methods import METHODS, Method
 from .score import ANSWER_TOKENS, answers, judge, row_nlls, text_rows
-from .sweep import TURNS
-from .tasks import DATA, NAMES, Group, Sizes, Task, load, other_texts
-from .train import batches, mixed_batches, train
+from .sweep import Search
+from .tasks import DATA, NAMES, Sizes, Task, load, other_texts
+from .train import batches, train
+
+TASK_GUESS = {"gsm8k": 10**-0.5, "e2e": 1.0, "persona": 1.0}
+"""Times a method's guess: where a search begins."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One tuning run and what it is measured for. kind: sweep (of a mixture of all tasks, judged by validation rows) or final; answers:
-    questions answered in words, 0 for none."""
+    """One tuning run. answers: held-out questions answered in words, 0 for none."""
 
-    kind: str
     task: str
     method: str
     rate: float
@@ -61,23 +63,25 @@ def _task(bench: Bench, name: str) -> Task:
     return load(name, _opened(bench)[1], bench.sizes, bench.data)
 
 
-def perform(bench: Bench, run: Run, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Tunes and judges. The base is as before afterwards. method "base": nothing is tuned."""
+def perform(bench: Bench, run: Run, tell: Callable[[str], None], beat: float = math.inf) -> dict[str, Any]:
+    """Tunes and judges. The base is as before afterwards. method "base": nothing is tuned. beat: a validation loss; a run that does not
+    get below it is not judged by held-out rows, for nothing will be said of it."""
     base, _ = _opened(bench)
     torch.manual_seed(run.seed)
     began = time.monotonic()
     outcome: dict[str, Any] = asdict(run)
     if run.method == "base":
         base.model.to(bench.device)
-        outcome |= _judged(bench, run)
+        outcome |= _judged(bench, run, beat)
     else:
         attached = METHODS[run.method].attach(base, run.seed)
         try:
             base.model.to(bench.device)
             attached.to(bench.device)
             outcome["parameters"] = sum(each.numel() for each in attached.parameters() if each.requires_grad)
-            outcome["train_loss"] = train(base.model, attached, base.shape.windows, _steps(bench, run), run.rate, tell)
-            outcome |= _judged(bench, run)
+            steps = batches(_task(bench, run.task), run.steps, run.seed)
+            outcome["train_loss"] = train(base.model, attached, base.shape.windows, steps, run.rate, tell)
+            outcome |= _judged(bench, run, beat)
         finally:
             attached.remove()
             base.model.to("cpu").requires_grad_(False)
@@ -85,28 +89,20 @@ def perform(bench: Bench, run: Run, tell: Callable[[str], None]) -> dict[str, An
     return outcome
 
 
-def _steps(bench: Bench, run: Run) -> list[list[Group]]:
-    if run.kind == "final":
-        return batches(_task(bench, run.task), run.steps, run.seed)
-    return mixed_batches({name: _task(bench, name) for name in NAMES}, TURNS, run.steps, run.seed)
-
-
-def _judged(bench: Bench, run: Run) -> dict[str, Any]:
-    (base, tokenizer), found = _opened(bench), {}
-    model, windows = base.model.eval(), base.shape.windows
-    if run.kind == "sweep":
-        validation = {name: _mean(*row_nlls(model, windows, _task(bench, name).validation)) for name in NAMES}
-        return {"validation": validation, "nll": sum(validation.values()) / len(validation)}
-    task = _task(bench, run.task)
+def _judged(bench: Bench, run: Run, beat: float) -> dict[str, Any]:
+    base, tokenizer = _opened(bench)
+    task, model, windows = _task(bench, run.task), base.model.eval(), base.shape.windows
+    validation = _mean(*row_nlls(model, windows, task.validation))
+    if not validation < beat:
+        return {"validation_nll": validation}
     sums, counts = row_nlls(model, windows, task.held_out)
-    found = {"nll": _mean(sums, counts), "rows": [round(each, 4) for each in sums], "tokens": counts}
-    found["groups"] = [len(group) for group in task.held_out]
+    found: dict[str, Any] = {"validation_nll": validation, "nll": _mean(sums, counts)}
     if run.task == "persona":
         found["other_nll"] = _mean(*row_nlls(model, windows, text_rows(tokenizer, other_texts(bench.data))))
     if run.answers:
         questions = task.questions[: run.answers]
         found |= judge(run.task, questions, answers(model, tokenizer, questions, ANSWER_TOKENS[run.task]))
-    return found
+    return found | {"rows": [round(each, 4) for each in sums], "tokens": counts, "groups": [len(group) for group in task.held_out]}
 
 
 def _mean(sums: list[float], counts: list[int]) -> float:
@@ -128,7 +124,7 @@ class Store:
             self.outcomes[key_of(outcome)] = outcome
 
     def __contains__(self, run: Run) -> bool:
-        return run.key in self.outcomes and (not run.answers or self.outcomes[run.key]["answers"] >= run.answers)
+        return run.key in self.outcomes
 
     def add(self, outcome: dict[str, Any]) -> None:
         self.outcomes[key_of(outcome)] = outcome
@@ -137,14 +133,28 @@ class Store:
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" * cut + json.dumps(outcome) + "\n")
 
-    def finals(self, task: str, method: str) -> list[dict[str, Any]]:
-        """By seed."""
-        found = [each for each in self.outcomes.values() if (each["kind"], each["task"], each["method"]) == ("final", task, method)]
+    def search(self, task: str, method: Method, steps: int) -> Search:
+        """As far as it has come."""
+        wanted = (task, method.name, 0, steps)
+        tries = [each for each in self.outcomes.values() if (each["task"], each["method"], each["seed"], each["steps"]) == wanted]
+        return Search.of(tries, method.guess * TASK_GUESS[task])
+
+    def results(self, task: str, method: str, steps: int) -> list[dict[str, Any]]:
+        """By seed, at the best rate, once the search for it has ended; of "base", its only one."""
+        if method == "base":
+            rate, steps = 0.0, 0
+        else:
+            search = self.search(task, METHODS[method], steps)
+            if search.wanted is not None or search.best is None:
+                return []
+            rate = search.best
+        wanted = (task, method, rate, steps)
+        found = [each for each in self.outcomes.values() if (each["task"], each["method"], each["rate"], each["steps"]) == wanted]
         return sorted(found, key=lambda each: each["seed"])
 
 
 def key_of(outcome: dict[str, Any]) -> str:
-    return Run(**{name: outcome[name] for name in ("kind", "task", "method", "rate", "seed", "steps")}).key
+    return Run(**{name: outcome[name] for name in ("task", "method", "rate", "seed", "steps")}).key
 
 
 def check_tasks(names: tuple[str, ...]) -> None:

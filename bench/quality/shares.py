@@ -23,8 +23,7 @@ from plora.artifact.shape import DecoderShape
 from ..conditions import write_results
 from .methods import METHODS, Method
 from .runs import Store
-from .study import RUNS
-from .sweep import Search
+from .study import ROWS, RUNS, STEPS
 from .tasks import NAMES
 
 DRAWS = 4000
@@ -86,24 +85,25 @@ def share(control: Losses, lora: Losses, x: Losses, draws: int = DRAWS) -> tuple
 
 
 def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dict[str, Any]:
-    """By task; a method without a final run is left out. Rates: those that the search ended with."""
+    """By task; a method whose search has not ended is left out. tried: validation loss by learning rate."""
     found: dict[str, Any] = {}
+    steps = {task: round(STEPS[task] * times) for task in NAMES}
     for task in NAMES:
-        losses = {name: Losses.of(outcomes) for name in ("base", *METHODS) if (outcomes := store.finals(task, name))}
+        losses = {name: Losses.of(outcomes) for name in ("base", *METHODS) if (outcomes := store.results(task, name, steps[task]))}
         if not {CONTROL, REFERENCE, "base"} <= set(losses):
             continue
         base, control, lora = (losses[name] for name in ("base", CONTROL, REFERENCE))
         of_task: dict[str, Any] = {
-            "rows": len(store.finals(task, "base")[0]["rows"]),
+            "rows": len(store.results(task, "base", 0)[0]["rows"]),
             "prompts": base.sums.shape[1],
-            "steps": store.finals(task, REFERENCE)[0]["steps"],
+            "steps": steps[task],
             "base_nll": base.mean,
             "control_nll": control.mean,
             "lora_nll": lora.mean,
             "methods": {},
         }
         for name, own in losses.items():
-            outcomes = store.finals(task, name)
+            outcomes = store.results(task, name, steps[task])
             shown: dict[str, Any] = {"nll": own.mean, "seeds": len(own.seeds)}
             if name != "base":
                 value, interval, seeds = share(control, lora, own)
@@ -120,9 +120,12 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
             of_task["methods"][name] = shown
         found[task] = of_task
     found["methods"] = {name: costs(method, layers, shape) for name, method in METHODS.items()}
-    found["sweep"] = {
-        name: {f"{rate:.3g}": validation for rate, validation in sorted(Search.of(store, method, times).tried.items())}
-        for name, method in METHODS.items()
+    found["tried"] = {
+        task: {
+            name: {f"{rate:.3g}": loss for rate, loss in sorted(store.search(task, METHODS[name], steps[task]).tried.items())}
+            for name in ROWS[task]
+        }
+        for task in NAMES
     }
     return found
 

@@ -1,4 +1,5 @@
-"""The whole study, one command: `python -m bench.quality.study`. Learning rates first, then every method on every task, then more seeds.
+"""The whole study, one command: `python -m bench.quality.study`. Every method on every task at the best of its
+learning rates, then the headline's other seeds.
 
 What has been run is kept in docs/results/quality-runs.jsonl and not run again; Ctrl-C loses the runs in progress and no other.
 `python -m bench.quality.shares` makes the figures of what there is, at any time.
@@ -7,6 +8,7 @@ What has been run is kept in docs/results/quality-runs.jsonl and not run again; 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import queue
 import signal
@@ -18,56 +20,64 @@ from typing import Any
 from ..conditions import RESULTS
 from ..run import model_path
 from .methods import HEADLINE, METHODS
-from .runs import Bench, Run, Store, check_tasks, perform
-from .sweep import MIXTURE, SWEEP_STEPS, Search
-from .tasks import DATA, NAMES
+from .runs import Bench, Run, Store, check_tasks, key_of, perform
+from .tasks import DATA
 
-STEPS = {"gsm8k": 112, "e2e": 96, "persona": 130}
+STEPS = {"gsm8k": 48, "e2e": 48, "persona": 130}
 """At --times 1, which is sized for two cores."""
 ANSWERED = {"gsm8k": 40, "e2e": 56, "persona": 96}
-"""Questions answered in words by a final run of the first seed."""
+"""Questions answered in words by runs of the first seed."""
+SPEAKERS = ("base", "lora", "entry")
+"""Methods whose answers to GSM8K are read: the base is hardly able to give any, so they tell little."""
+ROWS = {"persona": tuple(METHODS), "e2e": tuple(METHODS), "gsm8k": (*HEADLINE, "lora-all", "entry-2048")}
+"""The methods of each task; GSM8K's rows are long, and take twice as long as both others."""
+TASKS = ("persona", "e2e", "gsm8k")
+"""In the order to run them."""
 RUNS = RESULTS / "quality-runs.jsonl"
 
 
-def finals(store: Store, methods: list[str], tasks: tuple[str, ...], seeds: int, times: float) -> Iterator[Run]:
-    """First every method once, then the headline's other seeds. Methods whose search has not ended are left out."""
-    for seed in range(seeds):
-        for task in tasks:
-            for method in methods if seed == 0 else [each for each in methods if each in HEADLINE]:
-                search = Search.of(store, METHODS[method], times)
-                if search.best is not None:
-                    asked = ANSWERED[task] if seed == 0 and (task != "gsm8k" or method in ("lora", "lora-all", "entry")) else 0
-                    yield Run("final", task, method, search.best[task], seed, round(STEPS[task] * times), asked)
+def asked(task: str, method: str) -> int:
+    """Questions that a run of the first seed answers in words."""
+    return ANSWERED[task] if task != "gsm8k" or method in SPEAKERS else 0
 
 
-def bases(tasks: tuple[str, ...]) -> Iterator[Run]:
-    """The base as it is."""
+def wanted_runs(store: Store, methods: list[str], tasks: tuple[str, ...], seeds: int, times: float) -> Iterator[tuple[Run, float]]:
+    """What can be done now, in order, each with the validation loss to beat: the bases, the next try of every search, and of the headline
+    the other seeds."""
     for task in tasks:
-        yield Run("final", task, "base", 0.0, 0, 0, ANSWERED[task])
+        yield Run(task, "base", 0.0, 0, 0, asked(task, "base")), math.inf
+    for task in tasks:
+        steps = round(STEPS[task] * times)
+        for method in [each for each in methods if each in ROWS[task]]:
+            search = store.search(task, METHODS[method], steps)
+            if search.wanted is not None:
+                yield Run(task, method, search.wanted, 0, steps, asked(task, method)), search.best_loss
+    for seed in range(1, seeds):
+        for task in tasks:
+            steps = round(STEPS[task] * times)
+            for method in [each for each in methods if each in HEADLINE]:
+                for first in store.results(task, method, steps)[:1]:
+                    yield Run(task, method, first["rate"], seed, steps), math.inf
 
 
-def next_run(store: Store, begun: set[str], methods: list[str], tasks: tuple[str, ...], seeds: int, times: float) -> Run | None:
-    """What to do next; None if nothing can be begun until a run in progress ends, or ever."""
-    for method in methods:
-        rate = Search.of(store, METHODS[method], times).wanted
-        if rate is not None:
-            run = Run("sweep", MIXTURE, method, rate, 0, round(SWEEP_STEPS * times))
-            if run.key not in begun:
-                return run
-    for run in [*finals(store, methods, tasks, seeds, times), *bases(tasks)]:
-        if run not in store and run.key not in begun:
-            return run
+def next_run(store: Store, running: dict[str, Run], *study: Any) -> tuple[Run, float] | None:
+    """None if nothing can be begun until a run in progress ends, or ever. A search makes one try at a time."""
+    searching = {(run.task, run.method) for run in running.values() if run.seed == 0}
+    for run, beat in wanted_runs(store, *study):
+        if run not in store and run.key not in running and (run.seed or (run.task, run.method) not in searching):
+            return run, beat
     return None
 
 
-def work(bench: Bench, threads: int, asked: Any, answered: Any) -> None:
+def work(bench: Bench, threads: int, todo: Any, done: Any) -> None:
     """A process that performs runs until it is told None."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    while (run := asked.get()) is not None:
-        answered.put(perform(bench, run, lambda text: None))
+    while (task := todo.get()) is not None:
+        run, beat = task
+        done.put(perform(bench, run, lambda text: None, beat))
 
 
 def main() -> None:
@@ -76,7 +86,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where to tune, as torch names it [cpu]")
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder of gsm8k/ and e2e/ [{DATA.relative_to(DATA.parent.parent)}]")
     parser.add_argument("--methods", default=",".join(METHODS), help="rows of the study, in the order to run them")
-    parser.add_argument("--tasks", default=",".join(NAMES))
+    parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", type=int, default=3, help="of the headline rows; the others have one [3]")
     parser.add_argument("--times", type=float, default=1.0, help="so many times the steps: to convergence where a GPU can be had [1]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each on a CPU [2]")
@@ -92,26 +102,24 @@ def main() -> None:
 
 def run_all(bench: Bench, store: Store, methods: list[str], tasks: tuple[str, ...], seeds: int, times: float, workers: int) -> None:
     context = multiprocessing.get_context("spawn")
-    asked: Any = context.Queue()
-    answered: Any = context.Queue()
-    pool = [context.Process(target=work, args=(bench, 1, asked, answered), daemon=True) for _ in range(workers)]
+    todo: Any = context.Queue()
+    done: Any = context.Queue()
+    pool = [context.Process(target=work, args=(bench, 1, todo, done), daemon=True) for _ in range(workers)]
     for process in pool:
         process.start()
-    begun: set[str] = set()
-    running = 0
+    running: dict[str, Run] = {}
     try:
         while True:
-            while running < workers and (run := next_run(store, begun, methods, tasks, seeds, times)) is not None:
-                begun.add(run.key)
-                asked.put(run)
-                running += 1
+            while len(running) < workers and (found := next_run(store, running, methods, tasks, seeds, times)) is not None:
+                running[found[0].key] = found[0]
+                todo.put(found)
             if not running:
                 break
-            outcome = _next(answered, pool)
+            outcome = _next(done, pool)
             store.add(outcome)
-            running -= 1
-            shown = {name: outcome[name] for name in ("kind", "task", "method", "rate", "seed", "nll", "seconds")}
-            print(" ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown.values()), flush=True)
+            del running[key_of(outcome)]
+            shown = [outcome[name] for name in ("task", "method", "rate", "seed", "validation_nll", "seconds")] + [outcome.get("nll", "")]
+            print(" ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown), flush=True)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     finally:
@@ -120,11 +128,11 @@ def run_all(bench: Bench, store: Store, methods: list[str], tasks: tuple[str, ..
             process.join()
 
 
-def _next(answered: Any, pool: list[Any]) -> dict[str, Any]:
+def _next(done: Any, pool: list[Any]) -> dict[str, Any]:
     """The next outcome; raises SystemExit if a worker died, whose error is on standard error."""
     while True:
         try:
-            return answered.get(timeout=5)
+            return done.get(timeout=5)
         except queue.Empty:
             if any(not process.is_alive() for process in pool):
                 sys.exit("a worker died: its error stands above; the same command goes on from here")

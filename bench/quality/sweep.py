@@ -1,7 +1,6 @@
-"""Which learning rate: one grid for all methods, half a decade a step, searched until no task's best lies at an edge.
+"""Which learning rate: one grid for all methods and tasks, half a decade a step, searched until the best does not lie at an edge.
 
-A sweep's run is short and tunes on a mixture of the three tasks; each task's rate is the one that did best on that task's validation
-rows.
+Each try is a whole run of the first seed, judged by validation rows that no run trains on. The best try is the first seed's result.
 """
 
 from __future__ import annotations
@@ -10,46 +9,37 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import Method
-from .tasks import NAMES
-
 GRID = tuple(10 ** (half / 2) for half in range(-9, 1))
 """3.2e-5 to 1."""
-MIXTURE = "mixture"
-TURNS = ("persona", "e2e", "persona", "e2e", "persona", "gsm8k")
-"""Whose step comes when."""
-SWEEP_STEPS = 30
 
 
 @dataclass(frozen=True)
 class Search:
-    """wanted: the rate to try next, None if there is none; best: by task, None until the search has ended."""
+    """wanted: the rate to try next, None if the search has ended; best: of those tried, None before the first; tried: validation loss by
+    rate."""
 
     wanted: float | None
-    best: dict[str, float] | None
-    tried: dict[float, dict[str, float]]
+    best: float | None
+    tried: dict[float, float]
 
     @classmethod
-    def of(cls, store: Any, method: Method, times: float) -> Search:
-        steps = round(SWEEP_STEPS * times)
-        tried = {
-            each["rate"]: {task: _worth(nll) for task, nll in each["validation"].items()}
-            for each in store.outcomes.values()
-            if (each["kind"], each["method"], each["steps"]) == ("sweep", method.name, steps)
-        }
-        near = min(range(len(GRID)), key=lambda at: abs(math.log(GRID[at] / method.guess)))
-        for at in (near, near - 1, near + 1):
-            if GRID[at] not in tried:
-                return cls(GRID[at], None, tried)
-        best = {task: min(tried, key=lambda rate: tried[rate][task]) for task in NAMES}
-        lowest, highest = min(tried), max(tried)
-        for rate in best.values():
-            at = GRID.index(rate)
-            if rate == lowest and at > 0:
-                return cls(GRID[at - 1], None, tried)
-            if rate == highest and at < len(GRID) - 1:
-                return cls(GRID[at + 1], None, tried)
+    def of(cls, outcomes: list[dict[str, Any]], guess: float) -> Search:
+        """outcomes: of the first seed, one method, one task, all of the same steps."""
+        tried = {each["rate"]: _worth(each["validation_nll"]) for each in outcomes}
+        near = min(range(len(GRID)), key=lambda at: abs(math.log(GRID[at] / guess)))
+        best = min(tried, key=lambda rate: tried[rate]) if tried else None
+        if best is None:
+            return cls(GRID[near], None, tried)
+        at = GRID.index(best)
+        for neighbour in (at - 1, at + 1):
+            if 0 <= neighbour < len(GRID) and GRID[neighbour] not in tried:
+                return cls(GRID[neighbour], best, tried)
         return cls(None, best, tried)
+
+    @property
+    def best_loss(self) -> float:
+        """What a try has to beat."""
+        return math.inf if self.best is None else self.tried[self.best]
 
 
 def _worth(nll: float) -> float:

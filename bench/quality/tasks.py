@@ -52,8 +52,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Groups of rows that share a prompt, which is computed once. validation: what learning rates are chosen by: a sweep does not
-    train on it, a final run does; held_out: what results are from, in no run trained on. groups: of one training step."""
+    """Groups of rows that share a prompt, which is computed once. validation: what learning rates are chosen by;
+    held_out: what results are from. groups: of one training step."""
 
     name: str
     train: list[Group]

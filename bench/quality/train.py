@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from plora.artifact.errors import ModelError
@@ -28,16 +27,9 @@ def packs_of(groups: Sequence[Group]) -> list[Pack]:
 
 
 def batches(task: Task, steps: int, seed: int) -> list[list[Group]]:
-    """What each step of a final run reads: by the seed alone, whatever the method."""
-    rows = [*task.train, *task.validation]
-    schedule = Schedule.plan(len(rows), task.groups, 1, 1.0, steps, seed)
-    return [[rows[at] for at in schedule.of_step(step)] for step in range(steps)]
-
-
-def mixed_batches(tasks: dict[str, Task], turns: Sequence[str], steps: int, seed: int) -> list[list[Group]]:
-    """The tasks in turns, without their validation rows."""
-    own = {name: iter(batches(replace(task, validation=[]), steps, seed)) for name, task in tasks.items()}
-    return [next(own[turns[step % len(turns)]]) for step in range(steps)]
+    """What each step reads: by the seed alone, whatever the method."""
+    schedule = Schedule.plan(len(task.train), task.groups, 1, 1.0, steps, seed)
+    return [[task.train[at] for at in schedule.of_step(step)] for step in range(steps)]
 
 
 def train(
