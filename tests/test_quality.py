@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality import methods, runs, score, shares, sweep, tasks, train
+from bench.quality import methods, runs, score, shares, study, sweep, tasks, train
 from plora.artifact.plan import TARGETS
 from plora.artifact.plans import QKV, entry_plan
 from plora.models.adapter import read_adapter
@@ -124,10 +125,6 @@ def test_every_method_reads_the_same_rows(folder: Path, base: Base) -> None:
     one, again, other = (train.batches(task, 12, seed) for seed in (0, 0, 1))
     assert one == again
     assert one != other
-    by_name = {"gsm8k": task, "e2e": tasks.load("e2e", read_tokenizer(base.source), SIZES, folder)}
-    mixed = train.mixed_batches(by_name, ("e2e", "gsm8k"), 12, 0)
-    validation = {row.input_ids[-1] and tuple(row.input_ids) for each in by_name.values() for group in each.validation for row in group}
-    assert not {tuple(row.input_ids) for step in mixed for group in step for row in group} & validation
 
 
 @pytest.mark.parametrize("name", ["control", "lora", "lora-all", "entry"])
@@ -200,40 +197,82 @@ def test_answers_are_judged_by_their_task() -> None:
 
 
 def outcome(**changes: Any) -> dict[str, Any]:
-    settings = {"kind": "final", "task": "e2e", "method": "entry", "rate": 1e-2, "seed": 0, "steps": 30, "answers": 0}
-    return {**settings, "rows": [1.0] * 8, "tokens": [2] * 8, "groups": [1] * 8, **changes}
+    settings = {"task": "e2e", "method": "entry", "rate": 1e-2, "seed": 0, "steps": 48, "answers": 0}
+    return {**settings, "rows": [1.0] * 8, "tokens": [2] * 8, "groups": [1] * 8, "validation_nll": 1.0, **changes}
 
 
 @pytest.mark.parametrize("best", [sweep.GRID[2], sweep.GRID[5], sweep.GRID[8]])
-def test_a_search_ends_with_no_best_at_an_edge(best: float, tmp_path: Path) -> None:
-    store, method = runs.Store(tmp_path / "runs.jsonl"), methods.METHODS["entry"]
-    for _ in range(20):
-        search = sweep.Search.of(store, method, 1)
-        if search.wanted is None:
+def test_a_search_ends_with_no_best_at_an_edge(best: float) -> None:
+    tries: list[dict[str, Any]] = []
+    while (wanted := sweep.Search.of(tries, 3e-3).wanted) is not None:
+        nll = math.nan if wanted > 0.5 else 1 + abs(math.log(wanted / best))
+        tries.append(outcome(rate=wanted, validation_nll=nll))
+        assert len(tries) < len(sweep.GRID)
+    search = sweep.Search.of(tries, 3e-3)
+    assert search.best == best
+    assert search.best_loss == 1
+    at = sweep.GRID.index(best)
+    assert {sweep.GRID[at - 1], sweep.GRID[at + 1]} <= set(search.tried)
+
+
+def test_a_study_does_what_is_missing_and_ends(tmp_path: Path) -> None:
+    """Two runs at a time, one try of a search at a time, then the headline's other seeds at the best rate."""
+    store, steps = runs.Store(tmp_path / "runs.jsonl"), study.STEPS["e2e"]
+    names, order = ["control", "entry", "entry-512"], []
+    running: dict[str, runs.Run] = {}
+    to_beat: dict[str, float] = {}
+    for _ in range(60):
+        while len(running) < 2 and (found := study.next_run(store, running, names, ("e2e",), 3, 1.0)) is not None:
+            running[found[0].key], to_beat[found[0].key] = found
+        if not running:
             break
-        far = abs(math.log(search.wanted / best))
-        validation = {"gsm8k": far, "e2e": far + 1, "persona": abs(math.log(search.wanted / sweep.GRID[4]))}
-        nll = math.nan if search.wanted > 0.5 else 1.0
-        store.add(outcome(kind="sweep", task="mixture", rate=search.wanted, validation={**validation, "gsm8k": validation["gsm8k"] * nll}))
-    search = sweep.Search.of(store, method, 1)
-    assert search.best == {"gsm8k": best, "e2e": best, "persona": sweep.GRID[4]}
-    assert min(search.tried) < min(search.best.values())
-    assert max(search.tried) > max(search.best.values())
-    assert len(search.tried) < len(sweep.GRID)
+        assert len({(run.method, run.seed) for run in running.values()}) == len(running)
+        run = running.pop(next(iter(running)))
+        order.append(run)
+        loss = 1 + abs(math.log(run.rate / 1e-2)) if run.rate else 3.0
+        judged = {} if loss < to_beat[run.key] else {"rows": None}
+        store.add({name: value for name, value in outcome(**asdict(run), validation_nll=loss, **judged).items() if value is not None})
+    assert not running
+    assert [run.method for run in order].count("base") == 1
+    assert [(run.method, run.seed) for run in order if run.seed] == [(name, seed) for seed in (1, 2) for name in ("control", "entry")]
+    assert {run.rate for run in order if run.seed} == {1e-2}
+    for name, seeds in (("control", 3), ("entry", 3), ("entry-512", 1)):
+        results = store.results("e2e", name, steps)
+        assert [each["seed"] for each in results] == list(range(seeds))
+        assert all("rows" in each for each in results)  # the best try was judged
+    again = runs.Store(tmp_path / "runs.jsonl")
+    assert study.next_run(again, {}, names, ("e2e",), 3, 1.0) is None
+    assert study.next_run(again, {}, names, ("e2e",), 4, 1.0) is not None
 
 
 def test_a_store_goes_on_after_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     runs.Store(path).add(outcome(seed=1))
     with path.open("a") as file:
-        file.write('{"kind": "final", "ta')
+        file.write('{"task": "e2e", "me')
     store = runs.Store(path)
-    done = runs.Run("final", "e2e", "entry", 1e-2, 1, 30)
-    assert done in store
-    assert runs.Run("final", "e2e", "entry", 1e-2, 2, 30) not in store
-    assert runs.Run("final", "e2e", "entry", 1e-2, 1, 30, answers=5) not in store  # its answers are missing
+    assert runs.Run("e2e", "entry", 1e-2, 1, 48) in store
+    assert runs.Run("e2e", "entry", 1e-2, 2, 48) not in store
     store.add(outcome(seed=2))
-    assert runs.Run("final", "e2e", "entry", 1e-2, 2, 30) in runs.Store(path)
+    assert runs.Run("e2e", "entry", 1e-2, 2, 48) in runs.Store(path)
+
+
+def test_only_a_run_that_is_better_is_judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the base is as it was, whatever is tuned."""
+    bench = runs.Bench(str(folder / "base"), data=folder, sizes=SIZES)
+    before = runs.perform(bench, runs.Run("e2e", "base", 0.0, 0, 0), print)
+    plan = entry_plan(3, 1, 6)
+    method = methods.Method("entry", "", 3e-3, lambda base, seed: methods.PlanCores(base, plan, "pca", seed), lambda layers: plan)
+    monkeypatch.setitem(methods.METHODS, "entry", method)
+    run = runs.Run("e2e", "entry", 1e-2, 0, 8)
+    better = runs.perform(bench, run, print, before["validation_nll"])
+    assert better["nll"] < before["nll"]
+    assert len(better["rows"]) == len(better["tokens"]) == sum(better["groups"])
+    worse = runs.perform(bench, run, print, better["validation_nll"] / 2)
+    assert worse["validation_nll"] == pytest.approx(better["validation_nll"])
+    assert "rows" not in worse
+    after = runs.perform(bench, runs.Run("e2e", "base", 0.0, 0, 0), print)
+    assert after["rows"] == before["rows"]
 
 
 # Shares
