@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from bench.quality import methods, runs, score, shares, study, sweep, tasks, train
+from plora.artifact.errors import DataError
 from plora.artifact.plan import TARGETS
 from plora.artifact.plans import QKV, entry_plan
 from plora.models.adapter import read_adapter
@@ -75,6 +77,15 @@ def test_nothing_that_is_judged_was_trained_on(name: str, folder: Path, base: Ba
     assert validation
     assert len(held_out) == len(task.questions) if name != "gsm8k" else len(held_out) == 20
     assert not (train & validation or train & held_out or validation & held_out)
+
+
+def test_parts_that_share_a_prompt_are_refused(folder: Path, base: Base, tmp_path: Path) -> None:
+    shutil.copytree(folder / "e2e", tmp_path / "e2e")
+    leaked = (tmp_path / "e2e" / "test.csv").read_text().splitlines()[1]
+    with (tmp_path / "e2e" / "train_small.csv").open("a") as file:
+        file.write("\r\n".join([leaked.upper()] * 4) + "\r\n")
+    with pytest.raises(DataError, match=r"e2e (held_out|validation): \d of \d+ held-out prompts are trained on: row \d+ is row 102 of e2e"):
+        tasks.load("e2e", read_tokenizer(base.source), replace(SIZES, e2e_held_out=30), tmp_path)
 
 
 def test_tasks_read_what_the_files_say(folder: Path, base: Base) -> None:

@@ -10,11 +10,12 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from plora.models.leaks import Rows, refuse_leaks
 from plora.models.rows import Example, tokenize
 
 from ..conditions import ROOT
@@ -63,91 +64,108 @@ class Task:
     groups: int
 
 
+class Text(NamedTuple):
+    """One row as it is read. number: of its line in the file, or of its fact."""
+
+    number: int
+    prompt: str
+    response: str
+
+
+class Texts(NamedTuple):
+    """A task before it is tokenised."""
+
+    train: list[list[Text]]
+    validation: list[list[Text]]
+    held_out: list[list[Text]]
+    questions: list[Question]
+    groups: int
+
+
 def load(name: str, tokenizer: Any, sizes: Sizes, data: Path = DATA) -> Task:
-    """Raises DataError naming a row that is too long."""
-    loaders: dict[str, Callable[[], Task]] = {
+    """Raises DataError for prompts that two of the task's parts share, and for a row that is too long, naming the rows."""
+    loaders: dict[str, Callable[[], Texts]] = {
         "gsm8k": partial(_gsm8k, tokenizer, sizes, data),
-        "e2e": partial(_e2e, tokenizer, sizes, data),
-        "persona": partial(_persona, tokenizer),
+        "e2e": partial(_e2e, sizes, data),
+        "persona": _persona,
     }
-    return loaders[name]()
+    texts = loaders[name]()
+    train, validation, held_out = (_as_rows(f"{name} {part}", getattr(texts, part)) for part in ("train", "validation", "held_out"))
+    refuse_leaks(train, validation, prompts=True)
+    refuse_leaks(train, held_out, prompts=True)
+    refuse_leaks(validation, held_out, prompts=True)
+    parts = ([tuple(_row(tokenizer, each) for each in group) for group in part] for part in texts[:3])
+    return Task(name, *parts, texts.questions, texts.groups)
 
 
-def _row(tokenizer: Any, prompt: str, response: str, number: int) -> Example:
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    example = tokenize(messages, tokenizer, MAX_TOKENS, f"row {number}")
-    return Example(example.input_ids, example.labels, number)
+def _as_rows(name: str, groups: list[list[Text]]) -> Rows:
+    texts = [each for group in groups for each in group]
+    return Rows(Path(name), [each.number for each in texts], [_messages(each) for each in texts])
 
 
-def _gsm8k(tokenizer: Any, sizes: Sizes, data: Path) -> Task:
+def _messages(text: Text) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text.prompt}, {"role": "assistant", "content": text.response}]
+
+
+def _row(tokenizer: Any, text: Text) -> Example:
+    return replace(tokenize(_messages(text), tokenizer, MAX_TOKENS, f"row {text.number}"), row=text.number)
+
+
+def _gsm8k(tokenizer: Any, sizes: Sizes, data: Path) -> Texts:
     """Questions and answers without the calculator's annotations, rows of at most `gsm8k_tokens` tokens. Held out: the test set, and where
     it has too few such rows, rows taken out of the training set."""
 
-    def rows(name: str) -> list[tuple[Group, Question]]:
-        found: list[tuple[Group, Question]] = []
+    def rows(name: str) -> list[list[Text]]:
+        found: list[list[Text]] = []
         for number, line in enumerate((data / "gsm8k" / name).read_text(encoding="utf-8").splitlines(), 1):
             row = json.loads(line)
-            answer = CALCULATOR.sub("", row["answer"])
-            example = _row(tokenizer, row["question"], answer, number)
-            if len(example.input_ids) <= sizes.gsm8k_tokens:
-                found.append(((example,), Question(row["question"], (answer,), (answer.rsplit("#### ", 1)[-1],))))
-        return found
+            text = Text(number, row["question"], CALCULATOR.sub("", row["answer"]))
+            if len(_row(tokenizer, text).input_ids) <= sizes.gsm8k_tokens:
+                found.append([text])
+        return _shuffled("gsm8k", found)
 
-    train, test = _shuffled("gsm8k", rows("train.jsonl")), _shuffled("gsm8k", rows("test.jsonl"))
+    train, test = rows("train.jsonl"), rows("test.jsonl")
     missing = max(0, sizes.gsm8k_held_out - len(test))
     held_out = [*test, *train[:missing]][: sizes.gsm8k_held_out]
     validation, train = train[missing : missing + sizes.gsm8k_validation], train[missing + sizes.gsm8k_validation :]
-    groups = ([group for group, _ in part] for part in (train, validation, held_out))
-    return Task("gsm8k", *groups, [question for _, question in held_out], 8)
+    questions = [Question(each.prompt, (each.response,), (each.response.rsplit("#### ", 1)[-1],)) for (each,) in held_out]
+    return Texts(train, validation, held_out, questions, 8)
 
 
-def _e2e(tokenizer: Any, sizes: Sizes, data: Path) -> Task:
+def _e2e(sizes: Sizes, data: Path) -> Texts:
     """Facts of a restaurant, to be said in a sentence. Prompts of the test set, all of their references held out."""
 
-    def by_prompt(name: str) -> dict[str, list[tuple[int, str]]]:
-        found: dict[str, list[tuple[int, str]]] = {}
+    def by_prompt(name: str) -> dict[str, list[Text]]:
+        found: dict[str, list[Text]] = {}
         with (data / "e2e" / name).open(encoding="utf-8", newline="") as file:
             for number, row in enumerate(csv.DictReader(file), 2):
-                found.setdefault(row["mr"], []).append((number, row["ref"]))
+                found.setdefault(row["mr"], []).append(Text(number, row["mr"], row["ref"]))
         return found
 
-    def group(prompt: str, references: Sequence[tuple[int, str]]) -> Group:
-        return tuple(_row(tokenizer, prompt, reference, number) for number, reference in references)
-
-    test, size = by_prompt("test.csv"), sizes.e2e_references
-    prompts = _shuffled("e2e", list(test))
-    count = next(at for at in range(len(prompts) + 1) if at == len(prompts) or _rows(test, prompts[:at]) >= sizes.e2e_held_out)
-    learned = by_prompt("train_small.csv")
+    test, learned, size = by_prompt("test.csv"), by_prompt("train_small.csv"), sizes.e2e_references
+    held_out: list[list[Text]] = []
+    for prompt in _shuffled("e2e", list(test)):
+        if sum(map(len, held_out)) < sizes.e2e_held_out:
+            held_out.append(test[prompt])
     kept = set(_shuffled("e2e", list(learned))[: sizes.e2e_validation])
-    train: list[Group] = []
+    train: list[list[Text]] = []
     for prompt, references in learned.items():
         if prompt not in kept:
-            train += [group(prompt, references[at : at + size]) for at in range(0, len(references) - size + 1, size)]
-    return Task(
-        "e2e",
-        train,
-        [group(prompt, learned[prompt]) for prompt in sorted(kept)],
-        [group(prompt, test[prompt]) for prompt in prompts[:count]],
-        [Question(prompt, tuple(reference for _, reference in test[prompt])) for prompt in prompts[:count]],
-        2,
-    )
+            train += [references[at : at + size] for at in range(0, len(references) - size + 1, size)]
+    questions = [Question(group[0].prompt, tuple(each.response for each in group)) for group in held_out]
+    return Texts(train, [learned[prompt] for prompt in sorted(kept)], held_out, questions, 2)
 
 
-def _rows(by_prompt: dict[str, list[tuple[int, str]]], prompts: Sequence[str]) -> int:
-    return sum(len(by_prompt[each]) for each in prompts)
-
-
-def _persona(tokenizer: Any) -> Task:
+def _persona() -> Texts:
     """Facts about a made-up user, each held out in two phrasings that no training row has."""
     persona = json.loads(PERSONA.read_text(encoding="utf-8"))
-    facts, rows = persona["facts"], []
-    for number, fact in enumerate(facts, 1):
-        rows.append([(_row(tokenizer, prompt, fact["response"], number),) for prompt in fact["train"]])
-    general = [(_row(tokenizer, row["prompt"], row["response"], number),) for number, row in enumerate(persona["general"], len(facts) + 1)]
-    questions = [Question(prompt, (fact["response"],), tuple(fact["keywords"])) for fact in facts for prompt in fact["held_out"]]
-    held_out = [(_row(tokenizer, each.prompt, each.references[0], number),) for number, each in enumerate(questions, 1)]
-    train = [group for groups in rows for group in groups[:-1]] + general
-    return Task("persona", train, [groups[-1] for groups in rows], held_out, questions, 8)
+    facts = list(enumerate(persona["facts"], 1))
+    train = [[Text(number, prompt, fact["response"])] for number, fact in facts for prompt in fact["train"][:-1]]
+    train += [[Text(number, row["prompt"], row["response"])] for number, row in enumerate(persona["general"], len(facts) + 1)]
+    validation = [[Text(number, fact["train"][-1], fact["response"])] for number, fact in facts]
+    held_out = [[Text(number, prompt, fact["response"])] for number, fact in facts for prompt in fact["held_out"]]
+    questions = [Question(prompt, (fact["response"],), tuple(fact["keywords"])) for _, fact in facts for prompt in fact["held_out"]]
+    return Texts(train, validation, held_out, questions, 8)
 
 
 def _shuffled(seed: str, items: Sequence[Any]) -> list[Any]:
