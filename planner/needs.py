@@ -76,7 +76,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Unmet:
-    """binding: the sets of needs of which each alone, given up, leaves `freed` plans; nearest: smallest largest shortfall."""
+    """binding: the sets of needs of which each alone, given up, leaves `freed` plans; nearest: smallest largest shortfall, then sum of them."""
 
     looked_at: int
     binding: tuple[tuple[str, ...], ...]
@@ -101,7 +101,12 @@ def unmet(proposals: Sequence[Proposal], needs: Needs) -> Unmet | None:
     def shortfalls(proposal: Proposal) -> dict[str, float]:
         return {need.flag: need.shortfall(proposal) for need in needs.all if need.shortfall(proposal)}
 
-    nearest = min(proposals, key=lambda each: (max(shortfalls(each).values()), sum(shortfalls(each).values())))
+    def distance(proposal: Proposal) -> tuple[float, ...]:
+        """Of the largest shortfall, then of all, in whole percent: predictions are no finer. Of those alike the best, then the fastest."""
+        short = shortfalls(proposal).values()
+        return round(max(short), 2), round(sum(short), 2), -proposal.goodness, -proposal.figures.tokens_per_second
+
+    nearest = min(proposals, key=distance)
     return Unmet(len(proposals), tuple(sets), freed, nearest, shortfalls(nearest))
 
 

@@ -270,6 +270,15 @@ def test_either_of_two_needs_may_bind() -> None:
     assert found.nearest == every[1]  # half as fast is nearer than three times as large
 
 
+def test_a_shortfall_in_the_third_digit_does_not_outweigh_another_need() -> None:
+    """All are 26 % too large, as tables and head make them; one of them is fast enough."""
+    every = [proposal(rate=3, device=113.3), proposal(rate=9, device=113.6, rank=8), proposal(rate=3, device=113.4, rank=4)]
+    found = unmet(every, Needs(device_megabytes=90, tokens_per_second=5))
+    assert found is not None
+    assert found.nearest == every[1]
+    assert set(found.shortfalls) == {"--device-mb"}
+
+
 def test_needs_may_bind_together() -> None:
     needs = Needs(device_megabytes=10, tokens_per_second=100, first_token_millis=1000)
     found = unmet([proposal()], needs)
