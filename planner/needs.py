@@ -76,7 +76,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Unmet:
-    """binding: the sets of needs of which each alone, given up, leaves `freed` plans; nearest: smallest largest shortfall, then sum of them."""
+    """binding: the sets of needs of which each alone, given up, leaves `freed` plans;
+    nearest: its largest shortfall is smallest, then their sum."""
 
     looked_at: int
     binding: tuple[tuple[str, ...], ...]
