@@ -1,7 +1,7 @@
 """What the cloud can learn of linear cores, and of cores with private features, from what it sees: `make bench-recovery`.
 
 It sees pairs (A u, injection) of public text (GSM8K questions) under the demo's plan, and tries two things: least squares with a bias,
-and a student: a network of the cores' own shape, or twice as wide, fitted by Adam. Lower bounds: a better attacker finds more.
+and a student: a network of the cores' own shape, fitted by Adam. Lower bounds: a better attacker finds more.
 """
 
 from __future__ import annotations
@@ -200,7 +200,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TUNE_STEPS, help="of tuning; other than the default, nothing is written")
     parser.add_argument("--student-steps", type=int, default=STUDENT_STEPS, help="of the student; as above")
     parser.add_argument("--base", help="where the base lies, if not in the installed package")
-    parser.add_argument("--adapters", type=Path, help="keeps the tuned adapters there, by features, and takes those that are there")
+    parser.add_argument(
+        "--adapters", type=Path, help="keeps the tuned adapters there, by features, and takes those that are there; as above"
+    )
     arguments = parser.parse_args()
     try:
         base = arguments.base or model_path()
@@ -208,7 +210,7 @@ def main() -> None:
     except PloraError as error:
         sys.exit(str(error))
     print(json.dumps(figures, indent=1))
-    if (arguments.steps, arguments.student_steps) == (TUNE_STEPS, STUDENT_STEPS):
+    if (arguments.steps, arguments.student_steps, arguments.adapters) == (TUNE_STEPS, STUDENT_STEPS, None):
         print(write_results("recovery", figures, "make bench-recovery"))
 
 

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifact.plan import TARGETS
 from .formula import target_projection
 
 
 class StaticBias(nn.Module):
     """Hooked into a transformers model, as Cores is; `remove` leaves the model as it was."""
 
-    def __init__(self, model: Any, targets: tuple[str, ...] = TARGETS) -> None:
+    def __init__(self, model: Any, targets: tuple[str, ...]) -> None:
         super().__init__()
         device = next(model.parameters()).device
         self.vectors = nn.ParameterDict()

@@ -48,10 +48,11 @@ def short_tune(tuned: Tuned, batches: Iterable[Sequence[Pack]], steps: int, rate
 def held_out_loss(tuned: Tuned, held_out: Sequence[Example], size: int) -> float:
     """Per response token. size: rows at a time. Raises ModelError where it is not finite."""
     tuned.eval()
+    device = next(tuned.model.parameters()).device
     rows = sorted(held_out, key=lambda each: len(each.input_ids))
     loss, tokens = 0.0, 0
     for at in range(0, len(rows), size):
-        packs = pack(rows[at : at + size])
+        packs = [each.to(device) for each in pack(rows[at : at + size])]
         loss += float(tuned(packs)["loss"])
         tokens += sum(len(each.at) for each in packs)
     if not math.isfinite(loss):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench.quality import methods, runs, score, shares, study, sweep, tasks, train
-from plora.artifact.errors import DataError
+from plora.artifact.errors import DataError, UsageError
 from plora.artifact.plan import TARGETS
 from plora.artifact.plans import QKV, entry_plan
 from plora.models.adapter import read_adapter
@@ -131,11 +131,22 @@ def test_training_is_that_of_plora_tune(folder: Path, base: Base, tmp_path: Path
     assert max(float((other[name] - core).abs().max()) for name, core in expected.items()) > 1e-3
 
 
-def test_every_method_reads_the_same_rows(folder: Path, base: Base) -> None:
-    task = tasks.load("gsm8k", read_tokenizer(base.source), SIZES, folder)
-    one, again, other = (train.batches(task, 12, seed) for seed in (0, 0, 1))
+def test_every_method_reads_the_same_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[list[int]]] = []
+
+    def watched(tuned: Any, batches: Any, steps: int, rate: float, told: Any) -> None:
+        read.append([each.input_ids.tolist() for packs in batches for each in packs])
+        for step in range(steps):
+            told(step + 1, 1.0)
+
+    monkeypatch.setattr(train, "short_tune", watched)
+    bench = runs.Bench(str(folder / "base"), data=folder, sizes=SIZES)
+    for method, rate, seed in (("control", 1e-2, 0), ("lora", 1e-3, 0), ("lora-all", 1e-3, 1)):
+        runs.perform(bench, runs.Run("gsm8k", method, rate, seed, 6), print)
+    one, again, other = read
     assert one == again
     assert one != other
+    assert len(one) >= 6
 
 
 @pytest.mark.parametrize("name", ["control", "lora", "lora-all", "entry"])
@@ -144,7 +155,7 @@ def test_a_method_starts_as_the_base_and_leaves_it_as_it_was(name: str, base: Ba
     with torch.no_grad():
         before = base.model(ids).logits
     attach = {
-        "control": lambda: StaticBias(base.model),
+        "control": lambda: StaticBias(base.model, QKV),
         "lora": lambda: methods.PeftLora(base.model, QKV),
         "lora-all": lambda: methods.PeftLora(base.model, TARGETS),
         "entry": lambda: methods.PlanCores(base, entry_plan(base.shape.layers, 1, 6), "pca", 0),
@@ -165,7 +176,7 @@ def test_the_control_reads_no_input(base: Base) -> None:
     projection = base.model.model.layers[1].self_attn.q_proj
     one, other = torch.randn(1, 3, base.shape.hidden), torch.randn(1, 3, base.shape.hidden)
     plain = projection(one), projection(other)
-    for attached, same in ((StaticBias(base.model), True), (methods.PeftLora(base.model, QKV), False)):
+    for attached, same in ((StaticBias(base.model, QKV), True), (methods.PeftLora(base.model, QKV), False)):
         with torch.no_grad():
             for parameter in attached.parameters():
                 parameter.add_(0.1)
@@ -208,7 +219,7 @@ def test_answers_are_judged_by_their_task() -> None:
 
 
 def outcome(**changes: Any) -> dict[str, Any]:
-    settings = {"task": "e2e", "method": "entry", "rate": 1e-2, "seed": 0, "steps": 48, "answers": 0}
+    settings = {"base": "tiny", "task": "e2e", "method": "entry", "rate": 1e-2, "seed": 0, "steps": 48, "answers": 0}
     return {**settings, "rows": [1.0] * 8, "tokens": [2] * 8, "groups": [1] * 8, "validation_nll": 1.0, **changes}
 
 
@@ -266,6 +277,26 @@ def test_a_store_goes_on_after_a_cut_line(tmp_path: Path) -> None:
     assert runs.Run("e2e", "entry", 1e-2, 2, 48) not in store
     store.add(outcome(seed=2))
     assert runs.Run("e2e", "entry", 1e-2, 2, 48) in runs.Store(path)
+
+
+def test_a_store_is_of_one_base(tmp_path: Path) -> None:
+    store = runs.Store(tmp_path / "runs.jsonl")
+    store.add(outcome())
+    store.refuse_another_base("tiny")
+    with pytest.raises(UsageError, match=r"runs.jsonl: has runs of tiny, not of large; give another --runs FILE"):
+        store.refuse_another_base("large")
+
+
+def test_a_diverged_seed_is_counted_and_not_averaged(tmp_path: Path) -> None:
+    store, steps = runs.Store(tmp_path / "runs.jsonl"), 48
+    for rate, loss in ((3.2e-3, 2.0), (1e-2, 1.0), (3.2e-2, 2.0)):
+        near = min(sweep.GRID, key=lambda each: abs(each - rate))
+        store.add(outcome(rate=near, validation_nll=loss))
+    bad = {name: value for name, value in outcome(rate=sweep.GRID[5], seed=1, validation_nll=math.nan).items() if name != "rows"}
+    store.add(bad)
+    assert sweep.GRID[5] == pytest.approx(1e-2)
+    assert [each["seed"] for each in store.results("e2e", "entry", steps)] == [0]
+    assert store.diverged("e2e", "entry", sweep.GRID[5], steps) == 1
 
 
 def test_only_a_run_that_is_better_is_judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

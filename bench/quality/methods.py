@@ -96,6 +96,14 @@ def _entry(**changes: Any) -> Callable[[int], ExchangePlan]:
     return lambda layers: entry_plan(layers, **settings)
 
 
+def _paper(layers: int) -> ExchangePlan:
+    return paper_plan(layers, RANK)
+
+
+def _grouped(layers: int) -> ExchangePlan:
+    return grouped_plan(layers, 6, RANK, TARGETS)
+
+
 def _shared(values: int) -> Method:
     words = f"entry plan, shared injection of {values} values"
     return _under(f"entry-{values}", words, _entry(shared_injection=values), guess=3e-3)
@@ -111,13 +119,18 @@ METHODS = {
         Method("control", "static bias at q, k, v: LoRA's targets, reading no input", 1e-2, lambda base, seed: StaticBias(base.model, QKV)),
         Method("lora", "LoRA r = 16 on q, k, v (peft)", 3e-3, lambda base, seed: PeftLora(base.model, QKV)),
         Method("lora-all", "LoRA r = 16 on all seven linear targets (peft)", 3e-3, lambda base, seed: PeftLora(base.model, TARGETS)),
-        _under("paper", "the paper's plan and random basis: q, k, v, 30 exchanges", lambda n: paper_plan(n, RANK), "random", 3e-3),
-        _under("grouped", "grouped plan, 5 exchanges, all seven targets", lambda n: grouped_plan(n, 6, RANK, TARGETS), guess=1e-3),
+        _under("paper", "the paper's plan and random basis: q, k, v, one exchange a layer", _paper, "random", 3e-3),
+        _under(
+            "grouped",
+            "grouped plan, one exchange for six layers, all seven targets",
+            _grouped,
+            guess=1e-3,
+        ),
         _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry()),
         _shared(2048),
         _shared(512),
         _features(64),
-        Method("bias-all", "static bias at all seven linear targets", 1e-2, lambda base, seed: StaticBias(base.model)),
+        Method("bias-all", "static bias at all seven linear targets", 1e-2, lambda base, seed: StaticBias(base.model, TARGETS)),
     )
 }
 HEADLINE = ("control", "lora", "entry", "grouped", "paper")

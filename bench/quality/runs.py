@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from plora.models.checkpoint import Base, read_base, read_tokenizer
+from plora.artifact.errors import UsageError
+from plora.models.checkpoint import Base, display_name, read_base, read_tokenizer
 
 from .methods import METHODS, Method
 from .score import ANSWER_TOKENS, answers, judge, row_nlls, text_rows
@@ -69,7 +70,7 @@ def perform(bench: Bench, run: Run, tell: Callable[[str], None], beat: float = m
     base, _ = _opened(bench)
     torch.manual_seed(run.seed)
     began = time.monotonic()
-    outcome: dict[str, Any] = asdict(run)
+    outcome: dict[str, Any] = {"base": display_name(bench.base), **asdict(run)}
     if run.method == "base":
         base.model.to(bench.device)
         outcome |= _judged(bench, run, beat)
@@ -123,6 +124,11 @@ class Store:
                 continue
             self.outcomes[key_of(outcome)] = outcome
 
+    def refuse_another_base(self, name: str) -> None:
+        """Raises UsageError if a run here is of a base with another name: the figures of two must not be mixed."""
+        if others := sorted({each["base"] for each in self.outcomes.values()} - {name}):
+            raise UsageError(f"{self.path}: has runs of {', '.join(others)}, not of {name}; give another --runs FILE")
+
     def __contains__(self, run: Run) -> bool:
         return run.key in self.outcomes
 
@@ -140,7 +146,7 @@ class Store:
         return Search.of(tries, method.guess * TASK_GUESS[task])
 
     def results(self, task: str, method: str, steps: int) -> list[dict[str, Any]]:
-        """By seed, at the best rate, once the search for it has ended; of "base", its only one."""
+        """By seed, at the best rate, once the search for it has ended; of "base", its only one. Without those that diverged."""
         if method == "base":
             rate, steps = 0.0, 0
         else:
@@ -148,9 +154,15 @@ class Store:
             if search.wanted is not None or search.best is None:
                 return []
             rate = search.best
+        return sorted((each for each in self._at(task, method, rate, steps) if "rows" in each), key=lambda each: each["seed"])
+
+    def diverged(self, task: str, method: str, rate: float, steps: int) -> int:
+        """Seeds whose loss at this rate was no number."""
+        return sum("rows" not in each for each in self._at(task, method, rate, steps))
+
+    def _at(self, task: str, method: str, rate: float, steps: int) -> list[dict[str, Any]]:
         wanted = (task, method, rate, steps)
-        found = [each for each in self.outcomes.values() if (each["task"], each["method"], each["rate"], each["steps"]) == wanted]
-        return sorted(found, key=lambda each: each["seed"])
+        return [each for each in self.outcomes.values() if (each["task"], each["method"], each["rate"], each["steps"]) == wanted]
 
 
 def key_of(outcome: dict[str, Any]) -> str:

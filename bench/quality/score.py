@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from plora.artifact.errors import UsageError
 from plora.models.packing import pack
 from plora.models.rows import IGNORED, Example
 
@@ -25,8 +26,9 @@ SPOKEN_SLOTS = ("name", "near", "food", "area", "eatType", "priceRange", "custom
 
 @torch.no_grad()
 def row_nlls(model: Any, windows: tuple[int, ...], groups: Sequence[Sequence[Example]]) -> tuple[list[float], list[int]]:
-    """(negative log-likelihood in nats, response tokens) of every row, in order."""
-    assert len(set(windows)) == 1  # the study's bases attend alike in all layers
+    """(negative log-likelihood in nats, response tokens) of every row, in order. Raises UsageError for a base that mixes windows."""
+    if len(set(windows)) > 1:
+        raise UsageError(f"windows {sorted(set(windows))}: the study takes bases whose layers all attend alike")
     rows = [row for group in groups for row in group]
     sums, counts = [0.0] * len(rows), [0] * len(rows)
     device = next(model.parameters()).device

@@ -3,7 +3,8 @@
 share of x = (control - x) / (control - LoRA)        held-out nats per response token; LoRA: r = 16 on q, k, v
 
 What the static-bias control reaches is the format of the answers; the share says how much of LoRA's learning beyond it a plan keeps.
-Intervals: 95 %, percentile bootstrap over held-out prompts (with all their rows) and over seeds, the same draw for every method.
+Intervals: 95 %, percentile bootstrap over held-out prompts (with all their rows) and over seeds, the same draw for every method. Three
+seeds are few for that: their part comes out too narrow, so each seed's share is given, too.
 """
 
 from __future__ import annotations
@@ -107,8 +108,16 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
             shown: dict[str, Any] = {"nll": own.mean, "seeds": len(own.seeds)}
             if name != "base":
                 value, interval, seeds = share(control, lora, own)
+                if seeds > 1:
+                    alone = [
+                        share(control, lora, own.only((seed,)), draws=1)[0]
+                        for seed in own.seeds
+                        if seed in control.seeds and seed in lora.seeds
+                    ]
+                    shown["share_by_seed"] = alone
                 shown |= {"share": value, "interval": interval, "share_seeds": seeds, "rate": outcomes[0]["rate"]}
                 shown["plain_improvement"] = (base.mean - own.mean) / (base.mean - lora.mean)
+                shown["diverged_seeds"] = store.diverged(task, name, outcomes[0]["rate"], steps[task])
                 shown["parameters"] = outcomes[0]["parameters"]
                 of_task |= {f"{name}_share": value, f"{name}_share_interval": interval} if name not in (CONTROL, REFERENCE) else {}
             for measure in ("bleu", "slot_recall", "exact_match", "recall"):
@@ -147,10 +156,11 @@ def costs(method: Method, layers: int, shape: DecoderShape) -> dict[str, Any]:
 
 
 def device_multiplications(plan: ExchangePlan, shape: DecoderShape) -> int:
-    """Multiply-accumulates of one token on the device: its layers' projections, an entry's A, cores, head; not attention."""
+    """Multiply-accumulates of one token on the device: its layers' projections, an entry's A, features, cores, head; not attention."""
     inputs = {"o": shape.query_width, "down": shape.intermediate}
     layer = sum(shape.out_features(target) * inputs.get(target, shape.hidden) for target in TARGETS)
     cores = sum((core.down_stop - core.down_start) * (core.up_stop - core.up_start) for core in plan.cores)
+    cores += sum(exchange.features * exchange.compressed_columns for exchange in plan.all_exchanges)
     entry = plan.entry_exchange.compressed_columns * shape.hidden if plan.entry_exchange else 0
     return len(plan.device_layers) * layer + cores + entry + shape.vocabulary * shape.hidden
 
@@ -171,8 +181,11 @@ def main() -> None:
     for task in NAMES:
         if task in found:
             print_task(task, found[task])
+    if not any(task in found for task in NAMES):
+        raise SystemExit(f"{arguments.runs}: no task has base, control and LoRA yet; python -m bench.quality.study goes on with it")
     if arguments.runs == RUNS:
-        print(write_results("quality", found, "python -m bench.quality.study && python -m bench.quality.shares"))
+        times = "" if arguments.times == 1 else f" --times {arguments.times:g}"
+        print(write_results("quality", found, f"python -m bench.quality.study{times} && python -m bench.quality.shares{times}"))
         for path in plot(found):
             print(path)
 

@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from plora.artifact.errors import UsageError
+from plora.models.checkpoint import display_name
+
 from ..conditions import RESULTS
 from ..run import model_path
 from .methods import HEADLINE, METHODS
@@ -97,7 +100,12 @@ def main() -> None:
     if unknown := [name for name in methods if name not in METHODS]:
         parser.error(f"--methods {','.join(unknown)}: expected some of {', '.join(METHODS)}")
     bench = Bench(str(arguments.base or model_path()), arguments.device, arguments.data)
-    run_all(bench, Store(arguments.runs), methods, tasks, arguments.seeds, arguments.times, arguments.workers)
+    store = Store(arguments.runs)
+    try:
+        store.refuse_another_base(display_name(bench.base))
+    except UsageError as error:
+        parser.error(str(error))
+    run_all(bench, store, methods, tasks, arguments.seeds, arguments.times, arguments.workers)
 
 
 def run_all(bench: Bench, store: Store, methods: list[str], tasks: tuple[str, ...], seeds: int, times: float, workers: int) -> None:
