@@ -23,6 +23,13 @@ class Example:
     labels: list[int]
     row: int = 0
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """All before the last response."""
+        last = max(at for at, label in enumerate(self.labels) if label != IGNORED)
+        first = next((at + 1 for at in range(last, -1, -1) if self.labels[at] == IGNORED), 0)
+        return tuple(self.input_ids[:first])
+
 
 def read_rows(path: Path) -> list[list[Message]]:
     """Each row as messages. Raises MissingFile, or DataError naming the line."""

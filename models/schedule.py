@@ -25,12 +25,16 @@ SAVES = 10
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): `share` of the rows, at least one, chosen by the seed. Raises UsageError if none is left."""
+    """(to train on, held out): `share` of the rows, at least one, chosen by the seed, and all rows whose prompt one of them has: a
+    prompt that is trained on measures memory. Raises UsageError if none is left."""
     count = max(1, round(share * len(examples)))
-    if count >= len(examples):
-        raise UsageError(f"--held-out-share {share} of {len(examples)} rows leaves none to train on")
-    held = set(random.Random(f"{seed} held out").sample(range(len(examples)), count))
-    return [each for at, each in enumerate(examples) if at not in held], [examples[at] for at in sorted(held)]
+    chosen = random.Random(f"{seed} held out").sample(range(len(examples)), min(count, len(examples)))
+    prompts = {examples[at].prompt for at in chosen}
+    kept = [each for each in examples if each.prompt not in prompts]
+    held_out = [each for each in examples if each.prompt in prompts]
+    if not kept:
+        raise UsageError(f"--held-out-share {share} of {len(examples)} rows with {len(prompts)} prompts leaves none to train on")
+    return kept, held_out
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def test_warm_up(steps: int, warmup: int) -> None:
 
 
 def test_held_out_rows_are_not_trained_on() -> None:
-    rows = [Example([n], [n], n) for n in range(1, 41)]
+    rows = [Example([n, 7], [IGNORED, 7], n) for n in range(1, 41)]
     train, held = split(rows, 0.2, 0)
     assert len(held) == 8
     assert sorted(row.row for row in [*train, *held]) == list(range(1, 41))
@@ -180,6 +180,20 @@ def test_held_out_rows_are_not_trained_on() -> None:
     assert split(rows, 0.2, 1)[1] != held
     with pytest.raises(UsageError, match="leaves none to train on"):
         split(rows[:1], 0.3, 0)
+
+
+def test_rows_with_one_prompt_are_held_out_together() -> None:
+    """Whatever they answer; of a conversation, the prompt is all before the last response."""
+    rows = [Example([n % 10, n, 9], [IGNORED, n, 9], n) for n in range(1, 41)]
+    turns = [Example([3, n, 4, 8], [IGNORED, n, IGNORED, 8], n) for n in range(41, 45)]
+    assert rows[2].prompt == (3,)
+    assert turns[0].prompt == (3, 41, 4)
+    train, held = split([*rows, *turns], 0.1, 0)
+    assert not {row.prompt for row in train} & {row.prompt for row in held}
+    assert len(held) >= 4
+    assert sorted(row.row for row in [*train, *held]) == list(range(1, 45))
+    with pytest.raises(UsageError, match="0.1 of 4 rows with 1 prompts leaves none to train on"):
+        split([row for row in rows if row.prompt == (3,)], 0.1, 0)
 
 
 # Leaks
