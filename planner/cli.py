@@ -127,7 +127,7 @@ def main(
     planned = plan_for(config, Console(sys.stderr))
     if as_json:
         click.echo(json.dumps(as_dict(planned, config)))
-    elif planned.chosen is not None:
+    elif planned.chosen is not None or everything:
         click.echo(tables(planned, config, everything))
     if planned.unmet is not None:
         raise NeedsUnmet(explain(planned.unmet, needs))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifact.errors import UsageError
+from ..artifact.folders import check_new
 from ..artifact.shape import DTYPE_BYTES
 from .calibration import CalibrationConfig
 from .needs import Needs
@@ -76,10 +77,15 @@ class PlanConfig:
                 raise UsageError(f"{flag} {value}: expected at least 1")
         if self.choose is not None and self.choose not in CHOICES and not self.choose.isdecimal():
             raise UsageError(f"--choose {self.choose}: expected a number of the table, or one of {', '.join(CHOICES)}")
-        if self.out is not None and self.out.exists() and not self.replace:
-            raise UsageError(f"{self.out} exists; pass --replace, or choose another --out")
-        if self.out is not None and not self.out.absolute().parent.is_dir():
-            raise UsageError(f"{self.out}: there is no folder {self.out.absolute().parent}")
+        if self.out is not None:
+            self._check_out(self.out)
+
+    def _check_out(self, out: Path) -> None:
+        if out.is_dir():
+            raise UsageError(f"{out}: is a folder; give --out a file")
+        if not out.absolute().parent.is_dir():
+            raise UsageError(f"{out}: there is no folder {out.absolute().parent}")
+        check_new(out, self.replace)
 
     @property
     def kept(self) -> Path | None:

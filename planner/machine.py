@@ -10,7 +10,7 @@ from typing import Any
 
 from ..artifact.errors import DamagedFile, UsageError
 from ..artifact.shape import DecoderShape
-from ..device_runtime.forecast import Curve
+from ..device_runtime.forecast import Curve, LinkFigures
 
 GROWTH = ((1, 1.0), (9, 1.9), (64, 5.5), (128, 10.0), (256, 20.0))
 """Times one row's that a step of so many rows takes, where one figure is all that is stated: fp32 products on the CPUs seen."""
@@ -23,16 +23,30 @@ OVERHEAD_SECONDS = 1.5e-3
 that does."""
 COPIES = 4
 """Of the weights, taken in turn: a real layer finds none of its own in the caches."""
+LARGE_BYTES = 256e6
+"""A layer of more than that finds nothing of its own there anyway: one copy."""
 
 
 @dataclass(frozen=True)
 class Side:
     """layer: seconds of one decoder layer by rows; head: seconds of norm and logits of one row, None for its share of the weights;
-    origin: "stated", "measured here" or the file that says so."""
+    origin: "stated", "measured here" or the file that says so; adapted: whether the layer has an adapter already."""
 
     layer: Curve
     head_seconds: float | None
     origin: str
+    adapted: bool = False
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a doctor's report says. device: None if its edge runs no layer there; overhead_seconds: of each round trip, beyond the
+    report's RTT, rates and compute; its RTT has frames and Python in it."""
+
+    device: Side | None
+    cloud: Side
+    link: LinkFigures
+    overhead_seconds: float
 
 
 def layer_values(shape: DecoderShape) -> int:
@@ -51,11 +65,8 @@ def stated(text: str, flag: str) -> Side:
         raise UsageError(f"{flag} {text}: expected milliseconds, or rows:milliseconds with commas between them, rows rising") from None
 
 
-def from_doctor(report: Any, path: str) -> tuple[Side | None, Side, Any]:
-    """(device, cloud, link's figures) of `plora-device doctor --json`. The device is None if its edge runs no layer there.
-
-    Raises DamagedFile for what is no such report.
-    """
+def from_doctor(report: Any, path: str) -> Told:
+    """Of `plora-device doctor --json`. Raises DamagedFile for what is no such report."""
     try:
         edge = report["edges"][0]
         layers = edge["front_layers"] + edge["back_layers"]
@@ -64,8 +75,11 @@ def from_doctor(report: Any, path: str) -> tuple[Side | None, Side, Any]:
         rows = [row for row, _ in cloud.points]
         device = Curve(tuple((row, sum(part.seconds(row) for part in parts) / layers) for row in rows)) if layers else None
         head = _curve(own["head"]).seconds(1)
-        return Side(device, head, path) if device else None, Side(cloud, None, path), report["link"]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, UsageError) as error:
+        rtt, up, down = (report["link"][name] for name in ("rtt_seconds", "up_bits_per_second", "down_bits_per_second"))
+        link = LinkFigures(rtt, rtt, rtt, 0.0, 1, up, down)
+        overhead = Curve(((1, report["cloud"]["overhead_seconds"] / edge["round_trips"]),)).seconds(1)
+        return Told(Side(device, head, path) if device else None, Side(cloud, None, path, adapted=True), link, overhead)
+    except (ArithmeticError, KeyError, IndexError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise DamagedFile(f"{path}: no report of `plora-device doctor --json` ({type(error).__name__}: {error})") from None
 
 
@@ -82,12 +96,17 @@ def measure(shape: DecoderShape, threads: int, head: bool, say: Callable[[str], 
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            layers = [_Layer(shape) for _ in range(COPIES)]
+            layers = [_Layer(shape) for _ in range(copies(shape))]
             points = tuple((rows, _timed(layers, rows)) for rows in TIMED_ROWS)
             seconds = _head_seconds(shape) if head else None
     finally:
         torch.set_num_threads(before)
     return Side(Curve(points), seconds, "measured here")
+
+
+def copies(shape: DecoderShape) -> int:
+    """How many layers are timed in turn."""
+    return COPIES if 4 * layer_values(shape) <= LARGE_BYTES else 1
 
 
 class _Layer:

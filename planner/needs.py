@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import combinations
 from math import inf, isfinite
 
@@ -113,7 +114,7 @@ def unmet(proposals: Sequence[Proposal], needs: Needs) -> Unmet | None:
 
 def explain(found: Unmet, needs: Needs) -> str:
     """One line: which need binds, and the nearest plan with its figures."""
-    limits = {need.flag: f"{need.flag} {need.limit:g}" for need in needs.all}
+    limits = {need.flag: f"{need.flag} {Decimal(f'{need.limit:.15g}'):f}" for need in needs.all}
     parts = []
     for given_up, freed in zip(found.binding, found.freed, strict=True):
         named = " and ".join(limits[flag] for flag in given_up)
@@ -121,15 +122,22 @@ def explain(found: Unmet, needs: Needs) -> str:
         parts.append(f"{named} {verb}: without {'it' if len(given_up) == 1 else 'them'} {freed} plan{'s' if freed > 1 else ''} would do")
     by_flag = {need.flag: need for need in needs.all}
     short = ", ".join(
-        f"{by_flag[flag].value(found.nearest):.4g} {by_flag[flag].unit} against {by_flag[flag].limit:g} ({share:.0%} short)"
+        f"{number(by_flag[flag].value(found.nearest), 4)} {by_flag[flag].unit} against {number(by_flag[flag].limit, 6)} "
+        f"({share:,.0%} {'short' if by_flag[flag].sense > 0 else 'over'})"
         for flag, share in found.shortfalls.items()
     )
     own, quality = found.nearest.figures, found.nearest.quality
     figures = (
-        f"{own.tokens_per_second:.3g} tokens/s, first token {own.first_token_millis:.3g} ms, {own.megabytes_per_1000_tokens:.3g} MB per "
-        f"1,000 tokens, {own.device_megabytes:.4g} MB on the device, quality {f'{quality.share:.2f}' if quality else 'unknown'}"
+        f"{number(own.tokens_per_second, 3)} tokens/s, first token {number(own.first_token_millis, 3)} ms, "
+        f"{number(own.megabytes_per_1000_tokens, 3)} MB per 1,000 tokens, {number(own.device_megabytes, 4)} MB on the device, "
+        f"quality {f'{quality.share:.2f}' if quality else 'unknown'}"
     )
     return (
         f"none of {found.looked_at} plans meets every need; {'; or '.join(parts)}. Nearest: {found.nearest.candidate.words}: {short}; "
         f"it would give {figures}. Relax what binds"
     )
+
+
+def number(value: float, digits: int) -> str:
+    """For a person: so many significant digits, whole with separators from 1,000 on, never an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{Decimal(f'{value:.{digits}g}'):f}"

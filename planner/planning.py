@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..artifact.errors import UsageError
 from ..artifact.folders import new_file
@@ -12,13 +11,13 @@ from ..artifact.manifest import read_json, write_json
 from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DecoderShape
 from ..device_runtime.forecast import LinkFigures
-from ..models.checkpoint import read_skeleton
+from ..models.checkpoint import display_name, read_skeleton
 from ..models.report import Report
 from ..protocol.precision import read_precision
 from .calibration import Calibration, calibrate, read_calibration
 from .candidates import Candidate, default_rank, grid
 from .config import Link, PlanConfig
-from .machine import Side, from_doctor, measure, stated
+from .machine import OVERHEAD_SECONDS, Side, Told, from_doctor, measure, stated
 from .needs import Unmet, unmet
 from .predict import World, predict
 from .proposal import Proposal, choose, pareto
@@ -52,9 +51,9 @@ def plan_for(config: PlanConfig, report: Report | None = None) -> Planned:
         raise UsageError(f"--prompt-tokens {config.prompt_tokens}: the context holds {shape.context_tokens}; give fewer")
     rank = config.rank or default_rank(shape)
     plans = grid(shape, rank)
+    link, device, cloud, overhead = _machines(config, shape, report)  # before hours of tunes
     calibration = _calibration(config, shape, plans, rank, report)
-    link, device, cloud = _machines(config, shape, report)
-    world = World(shape, bare, link, device, cloud, precision, config.edge_dtype, config.prompt_tokens)
+    world = World(shape, bare, link, device, cloud, precision, config.edge_dtype, config.prompt_tokens, overhead)
     proposals = _proposals(world, plans, calibration)
     why = unmet(proposals, config.needs)
     front = tuple(pareto(proposals))
@@ -70,30 +69,38 @@ def _calibration(
     config: PlanConfig, shape: DecoderShape, plans: Mapping[Candidate, ExchangePlan], rank: int, report: Report
 ) -> Calibration | None:
     if config.quality_from is not None:
-        return read_calibration(config.quality_from, shape)
+        found = read_calibration(config.quality_from, shape)
+        if found.base_name != display_name(config.base):  # its fingerprint would take reading the weights
+            report.note(f"{config.quality_from}: calibrated on {found.base_name}; quality is only right if that is the same base")
+        return found
     if config.calibration is None or config.kept is None:
         return None
     tuned = {each: plans[each] for each in skeleton(shape.layers, plans, rank)}
     return calibrate(config.base, config.calibration, tuned, rank, config.kept, report)
 
 
-def _machines(config: PlanConfig, shape: DecoderShape, report: Report) -> tuple[LinkFigures, Side, Side]:
-    """What is stated counts; then the doctor's report; then what is measured here."""
+def _machines(config: PlanConfig, shape: DecoderShape, report: Report) -> tuple[LinkFigures, Side, Side, float]:
+    """(link, device, cloud, overhead of each round trip). What is stated counts; then the doctor's report; then what is measured here.
+
+    The overhead goes with the RTT: the doctor's, of application pings, has most of it.
+    """
     device = stated(config.device_layer, "--device-ms-per-layer") if config.device_layer is not None else None
     cloud = stated(config.cloud_layer, "--cloud-ms-per-layer") if config.cloud_layer is not None else None
-    told: dict[str, Any] = {}
-    if config.doctor is not None:
-        its_device, its_cloud, told = from_doctor(read_json(config.doctor), str(config.doctor))
-        device, cloud = device or its_device, cloud or its_cloud
+    told = from_doctor(read_json(config.doctor), str(config.doctor)) if config.doctor is not None else None
+    if told is not None:
+        device, cloud = device or told.device, cloud or told.cloud
     device = device or measure(shape, config.device_threads, True, lambda line: report.note(f"device: {line}"))
     cloud = cloud or measure(shape, config.cloud_threads, False, lambda line: report.note(f"cloud: {line}"))
-    return _link(config.link, told), device, cloud
+    overhead = told.overhead_seconds if told is not None and config.link.rtt_millis is None else OVERHEAD_SECONDS
+    return _link(config.link, told), device, cloud, overhead
 
 
-def _link(link: Link, told: dict[str, Any]) -> LinkFigures:
-    rtt = link.rtt_millis / 1e3 if link.rtt_millis is not None else told["rtt_seconds"]
-    up = link.up_mbit * 1e6 if link.up_mbit is not None else told["up_bits_per_second"]
-    down = link.down_mbit * 1e6 if link.down_mbit is not None else told["down_bits_per_second"]
+def _link(link: Link, told: Told | None) -> LinkFigures:
+    """told: not None where a figure is not stated (PlanConfig)."""
+    stated_seconds = None if link.rtt_millis is None else link.rtt_millis / 1e3
+    rates = [None if mbit is None else mbit * 1e6 for mbit in (link.up_mbit, link.down_mbit)]
+    its = (told.link.rtt_seconds, told.link.up_bits_per_second, told.link.down_bits_per_second) if told is not None else (0.0, 0.0, 0.0)
+    rtt, up, down = (other if own is None else own for own, other in zip((stated_seconds, *rates), its, strict=True))
     return LinkFigures(rtt, rtt, rtt, 0.0, 1, up, down)
 
 

@@ -79,7 +79,7 @@ def setup(plan: ExchangePlan, world: World) -> Setup:
     )
     adapter = sum(column.out_rank * shape.out_features(column.target) for column in plan.columns)
     adapter += sum(rank * shape.hidden for source in plan.sources if not source.on_device for _, rank in source.ranks)
-    layer = world.cloud.layer.times(1 + adapter / (whole * plan.cloud_layers))
+    layer = world.cloud.layer if world.cloud.adapted else world.cloud.layer.times(1 + adapter / (whole * plan.cloud_layers))
     overhead = plan.round_trips * world.overhead_seconds
     cloud = CloudFigures(layer, overhead, min(CHUNK_TOKENS, step_tokens(plan, shape)), WINDOW, shape.context_tokens)
     return Setup(plan, shape, world.precision, world.link, device, cloud)

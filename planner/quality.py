@@ -89,8 +89,10 @@ class Interpolation:
     def __init__(self, layers: int, control: float, losses: Mapping[Candidate, float]) -> None:
         many = {each: loss for each, loss in losses.items() if each.exchanges}
         own = next((each for each in losses if each.own), None)
-        if own is None:
-            raise DataError("the calibration lacks own inputs, the paper's arrangement; calibrate again")
+        anchor_plan = next((each for each in losses if not each.own), None)
+        if own is None or anchor_plan is None:
+            lacking = "own inputs, the paper's arrangement" if own is None else "the entry plan"
+            raise DataError(f"the calibration lacks {lacking}; calibrate again")
         self.reference = min(many, key=lambda each: many[each])
         best = many[self.reference]
         self.layers = layers
@@ -101,7 +103,7 @@ class Interpolation:
                 "share of; give more --calibration-steps, or more rows"
             )
         self.known = {each: (control - loss) / gain for each, loss in losses.items()}
-        self.anchor = next(each for each in losses if not each.own)
+        self.anchor = anchor_plan
         anchor = self.known[self.anchor]
 
         def points(name: str) -> list[tuple[float, float]]:

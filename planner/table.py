@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..artifact.strict import plain
+from .calibration import CalibrationConfig
 from .config import PlanConfig
 from .machine import Side
 from .needs import Needs, explain
@@ -51,8 +52,8 @@ def _of_quality(planned: Planned) -> list[str]:
     if own is None:
         return ["quality: unknown (--data FILE calibrates it); the number of trained values stands for it"]
     return [
-        f"quality: share of what the best tuned plan with exchanges gains over static biases on {own.held_out_rows} held-out rows after "
-        f"{own.steps} steps; ~ interpolated"
+        "quality: share of what the best tuned plan with exchanges gains over static biases at q, k, v on "
+        f"{own.held_out_rows} held-out rows after {own.steps} steps; ~ interpolated"
     ]
 
 
@@ -87,12 +88,15 @@ def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def commands(config: PlanConfig) -> list[str]:
     """What to run next with the plan that was written."""
-    data = config.calibration.data if config.calibration is not None else "rows.jsonl"
+    own = config.calibration
+    data = own.data if own is not None else "rows.jsonl"
     base, out = shlex.quote(config.base), shlex.quote(str(config.out))
+    edge = f" --edge-dtype {config.edge_dtype}" if config.edge_dtype != PlanConfig.edge_dtype else ""
+    longest = f" --max-tokens {own.max_tokens}" if own is not None and own.max_tokens != CalibrationConfig.max_tokens else ""
     return [
-        f"plora-export {base} --dry-run --plan {out}",
-        f"plora-tune {base} --data {shlex.quote(str(data))} --plan {out} --out adapter",
-        f"plora-export {base} --adapter adapter --out out",
+        f"plora-export {base} --dry-run --plan {out}{edge}",
+        f"plora-tune {base} --data {shlex.quote(str(data))} --plan {out}{longest} --out adapter",
+        f"plora-export {base} --adapter adapter{edge} --out out",
     ]
 
 

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 import plora.planner.calibration as calibrating
 from plora.artifact import DecoderShape, ExchangePlan, entry_plan, grouped_plan, paper_plan
 from plora.artifact.cost import payload
-from plora.artifact.errors import DamagedFile, DataError, NeedsUnmet, PlanError, UsageError
+from plora.artifact.errors import AdapterError, DamagedFile, DataError, ModelError, NeedsUnmet, PlanError, UsageError
 from plora.artifact.plan import TARGETS
 from plora.artifact.plans import QKV, read_plan
-from plora.device_runtime.forecast import FRAME_BYTES, Curve, LinkFigures
+from plora.device_runtime.doctor import EdgeReport
+from plora.device_runtime.forecast import FRAME_BYTES, CloudFigures, Curve, LinkFigures
 from plora.export.config import ExportConfig
 from plora.export.dry_run import dry_run
 from plora.export.export import export
@@ -30,17 +31,19 @@ from plora.models.plan_flags import PlanChoice
 from plora.models.report import Report
 from plora.models.tune import tune
 from plora.models.tune_config import TuneConfig
+from plora.models.unfinished import Unfinished
 from plora.planner.basis_pool import BasisPool
 from plora.planner.calibration import CalibrationConfig, read_calibration
 from plora.planner.candidates import EXCHANGES, Candidate, default_rank, grid, own_inputs, ranks
 from plora.planner.cli import main
 from plora.planner.config import Link, PlanConfig
-from plora.planner.machine import GROWTH, OVERHEAD_SECONDS, Side, from_doctor, layer_values, measure, stated
-from plora.planner.needs import Needs, explain, unmet
+from plora.planner.machine import COPIES, GROWTH, OVERHEAD_SECONDS, Side, copies, from_doctor, layer_values, measure, stated
+from plora.planner.needs import Needs, explain, number, unmet
 from plora.planner.planning import plan_for
-from plora.planner.predict import Figures, World, predict
+from plora.planner.predict import Figures, World, predict, setup
 from plora.planner.proposal import Proposal, Quality, choose, dominates, pareto, rounded
 from plora.planner.quality import Interpolation, rising, skeleton
+from plora.planner.table import commands
 from plora.protocol import uniform
 
 from .conftest import save_tiny_base
@@ -144,22 +147,51 @@ def test_figures_of_a_side() -> None:
 
 
 def test_a_doctors_report_says_the_rest(work: Path, world: World, tmp_path: Path) -> None:
-    edge = {"front_layers": 2, "back_layers": 0, "device": {"front": {"1": 0.004, "9": 0.008}, "head": {"1": 0.002}}}
-    link = {"rtt_seconds": 0.03, "up_bits_per_second": 5e6, "down_bits_per_second": 6e6}
-    report = {"link": link, "cloud": {"layer": {"1": 0.001, "9": 0.003}}, "edges": [edge]}
-    device, cloud, told = from_doctor(report, "file")
-    assert device == Side(Curve(((1, 0.002), (9, 0.004))), 0.002, "file")
-    assert cloud == Side(Curve(((1, 0.001), (9, 0.003))), None, "file")
-    assert told == link
+    report = doctors_report()
+    edge, link, cloud = report["edges"][0], report["link"], report["cloud"]
+    told = from_doctor(report, "file")
+    assert told.device == Side(Curve(((1, 0.002), (9, 0.004))), 0.002, "file")
+    assert told.cloud == Side(Curve(((1, 0.001), (9, 0.003))), None, "file", adapted=True)
+    assert told.link == LinkFigures(0.03, 0.03, 0.03, 0.0, 1, 5e6, 6e6)
+    assert told.overhead_seconds == 0.0004
     (tmp_path / "doctor.json").write_text(json.dumps(report))
     result = CliRunner().invoke(main, [str(work / "base"), "--doctor", str(tmp_path / "doctor.json"), "--rtt-ms", "70", "--json"])
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert facts["link"] == {"rtt_millis": 70, "up_mbit": 5, "down_mbit": 6}
     assert facts["device"] == {"layer_millis": {"1": 2, "9": 4}, "head_millis": 2, "origin": str(tmp_path / "doctor.json")}
-    for wrong in ([], {"edges": []}, {**report, "edges": [{**edge, "device": {}}]}, {**report, "cloud": {"layer": {"x": 1}}}):
+    wrong_links = ({}, None, {**link, "rtt_seconds": "0.03"}, {**link, "rtt_seconds": 0}, {**link, "up_bits_per_second": math.nan})
+    wrongs: list[Any] = [[], {"edges": []}, {**report, "edges": [{**edge, "device": {}}]}, {**report, "cloud": {"layer": {"x": 1}}}]
+    wrongs += [{**report, "link": wrong} for wrong in wrong_links]
+    wrongs += [{**report, "cloud": {**cloud, "overhead_seconds": -1}}, {**report, "edges": [{**edge, "round_trips": 0}]}]
+    for wrong in wrongs:
         with pytest.raises(DamagedFile, match="file: no report of `plora-device doctor --json`"):
             from_doctor(wrong, "file")
+
+
+def test_a_doctor_says_what_is_read() -> None:
+    report = doctors_report()
+    for part, cls in ((report["link"], LinkFigures), (report["cloud"], CloudFigures), (report["edges"][0], EdgeReport)):
+        assert set(part) <= {field.name for field in dataclasses.fields(cls)}
+
+
+def doctors_report() -> dict[str, Any]:
+    """The part of one that is read."""
+    edge = {"round_trips": 2, "front_layers": 2, "back_layers": 0, "device": {"front": {"1": 0.004, "9": 0.008}, "head": {"1": 0.002}}}
+    link = {"rtt_seconds": 0.03, "up_bits_per_second": 5e6, "down_bits_per_second": 6e6}
+    return {"link": link, "cloud": {"layer": {"1": 0.001, "9": 0.003}, "overhead_seconds": 0.0008}, "edges": [edge]}
+
+
+def test_what_a_doctor_measured_is_not_counted_twice(work: Path, world: World, tmp_path: Path) -> None:
+    (tmp_path / "doctor.json").write_text(json.dumps(doctors_report()))
+    flags = [str(work / "base"), "--doctor", str(tmp_path / "doctor.json"), "--json"]
+    for link, overhead in (((), 0.4), (("--rtt-ms", "70"), 1e3 * OVERHEAD_SECONDS)):  # the overhead goes with the RTT
+        facts = json.loads(CliRunner().invoke(main, [*flags, *link]).stdout)
+        assert facts["overhead_millis_per_round_trip"] == pytest.approx(overhead)
+    plan = entry_plan(LAYERS, 2, 4)
+    adapted = setup(plan, dataclasses.replace(world, cloud=dataclasses.replace(world.cloud, adapted=True)))
+    assert adapted.cloud.layer == world.cloud.layer
+    assert setup(plan, world).cloud.layer.seconds(1) > world.cloud.layer.seconds(1)
 
 
 def test_this_machine_can_be_measured(world: World) -> None:
@@ -167,6 +199,11 @@ def test_this_machine_can_be_measured(world: World) -> None:
     assert side.origin == "measured here"
     assert all(0 < seconds < 10 for _, seconds in side.layer.points)
     assert side.head_seconds is not None and side.head_seconds > 0
+
+
+def test_large_layers_are_timed_once_in_memory(world: World) -> None:
+    assert copies(world.shape) == COPIES
+    assert copies(dataclasses.replace(world.shape, hidden=4096, intermediate=14336)) == 1
 
 
 # Candidates
@@ -288,6 +325,18 @@ def test_needs_may_bind_together() -> None:
     assert found.shortfalls == {"--device-mb": pytest.approx(9.0), "--min-tokens-per-second": pytest.approx(0.9)}
 
 
+def test_figures_for_a_person_have_no_exponents() -> None:
+    shown = [number(value, 3) for value in (1234567.0, 999.7, 123.456, 0.5, 0.00001234, -1.0)]
+    assert shown == ["1,234,567", "1,000", "123", "0.5", "0.0000123", "-1"]
+    needs = Needs(device_megabytes=20000, tokens_per_second=1e-5)
+    found = unmet([proposal(rate=0.0000012, first=1234567, link=123456, device=1234567)], Needs(20000, None, 1e-5))
+    assert found is not None
+    text = explain(found, needs)
+    assert "1,234,567 MB on the device against 20,000 (6,073% over), 0.0000012 tokens/s against 0.00001 (88% short)" in text
+    assert "first token 1,234,567 ms, 123,456 MB per 1,000 tokens" in text
+    assert "--device-mb 20000 and --min-tokens-per-second 0.00001 bind together" in text  # as flags are typed
+
+
 def test_needs_that_are_met() -> None:
     needs = Needs(100, 0.9, 10, 100, 5)
     assert len(needs.all) == 5
@@ -385,6 +434,8 @@ def test_a_reference_that_gains_nothing_is_refused(world: World) -> None:
         Interpolation(LAYERS, 0.9, losses_of(world.shape))
     with pytest.raises(DataError, match="lacks own inputs"):
         Interpolation(LAYERS, 2.0, {})
+    with pytest.raises(DataError, match="lacks the entry plan"):
+        Interpolation(LAYERS, 2.0, {own_inputs(16): 1.0})
 
 
 def test_the_reference_is_the_better_of_those_that_exchange(world: World) -> None:
@@ -448,6 +499,7 @@ def test_the_same_command_tunes_nothing_twice(work: Path, calibrated: Path, tmp_
     assert len(tuned) == 2
     again = json.loads((tmp_path / "plan.json.calibration.json").read_text())
     assert [each["name"] for each in again["losses"]] == [each["name"] for each in kept["losses"]]
+    assert again["wanted"] == [each["name"] for each in kept["losses"]]
     for one, other in zip(again["losses"], kept["losses"], strict=True):
         assert one["held_out_loss"] == pytest.approx(other["held_out_loss"], rel=1e-4)
     assert run(work, *flags, "--replace").exit_code == 0
@@ -472,6 +524,114 @@ def test_an_interrupted_calibration_keeps_what_it_has(work: Path, tmp_path: Path
     assert "2 of 9 tunes are kept in" in result.stderr or "2 of 8 tunes are kept in" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json.calibration.json"]
     assert len(json.loads((tmp_path / "plan.json.calibration.json").read_text())["losses"]) == 2
+
+
+def calibrate_few(work: Path, kept: Path, rank: int = 16) -> Any:
+    """The control and the anchor, one step each."""
+    shape, _ = read_skeleton(str(work / "base"))
+    plans = grid(shape, 16)
+    anchor = skeleton(LAYERS, plans, 16)[1]
+    return calibrating.calibrate(
+        str(work / "base"), CalibrationConfig(work / "rows.jsonl", steps=1), {anchor: plans[anchor]}, rank, kept, Report()
+    )
+
+
+def test_calibrations_are_private(calibrated: Path) -> None:
+    assert calibrated.with_name("plan.json.calibration.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_control_has_the_studys_targets(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors: list[set[str]] = []
+    real = calibrating.StaticBias
+
+    def spied(*arguments: Any) -> Any:
+        control = real(*arguments)
+        vectors.append({name.split("_", 1)[1] for name in control.vectors})
+        return control
+
+    monkeypatch.setattr(calibrating, "StaticBias", spied)
+    first = calibrate_few(work, tmp_path / "kept")
+    assert vectors == [set(QKV)]
+    monkeypatch.setattr(calibrating, "CONTROL_TARGETS", TARGETS)
+    assert calibrate_few(work, tmp_path / "kept").key != first.key
+    assert vectors == [set(QKV), set(TARGETS)]
+
+
+def test_a_rank_that_the_text_lacks_ends_before_the_first_tune(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> Any:
+        raise AdapterError("rank")
+
+    monkeypatch.setattr(calibrating.BasisPool, "of", refused)
+    monkeypatch.setattr(calibrating, "short_tune", lambda *arguments: pytest.fail("tuned"))
+    with pytest.raises(AdapterError, match="rank"):
+        calibrate_few(work, tmp_path / "kept")
+
+
+def test_machines_are_judged_before_calibration(work: Path, tmp_path: Path) -> None:
+    """There are no rows, which calibration would say."""
+    (tmp_path / "doctor.json").write_text("{}")
+    flags = ("--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "plan.json"))
+    assert "no report of `plora-device doctor" in run(work, *flags, "--doctor", str(tmp_path / "doctor.json")).stderr
+    assert "--device-ms-per-layer slow" in run(work, *flags, "--device-ms-per-layer", "slow").stderr
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_tune_that_diverges_is_made_once_more_at_a_lower_rate(
+    times: int, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, rates = calibrating.short_tune, []
+
+    def diverging(tuned: Any, packs: Any, steps: int, rate: float, told: Any) -> None:
+        rates.append(rate)
+        if 2 <= len(rates) < 2 + times:  # of the anchor, behind the control
+            raise ModelError("the loss is nan")
+        real(tuned, packs, steps, rate, told)
+
+    monkeypatch.setattr(calibrating, "short_tune", diverging)
+    if times == 1:
+        assert [each.learning_rate for each in calibrate_few(work, tmp_path / "kept").losses] == [1e-2, pytest.approx(4e-3 / 3)]
+    else:
+        with pytest.raises(
+            ModelError, match=r"entry, front .*: its tune diverges at learning rate 0.004 and at 0.00133333 \(the loss is nan"
+        ):
+            calibrate_few(work, tmp_path / "kept")
+    assert rates == [1e-2, 4e-3, pytest.approx(4e-3 / 3)]
+
+
+def test_one_calibration_at_a_time(work: Path, tmp_path: Path) -> None:
+    with Unfinished(tmp_path / "kept").held(), pytest.raises(UsageError, match="kept: another plora-plan is at work there"):
+        calibrate_few(work, tmp_path / "kept")
+    calibrate_few(work, tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("there", [2, 3, 5])
+def test_a_calibration_that_is_not_done_is_refused(there: int, work: Path, calibrated: Path, tmp_path: Path) -> None:
+    whole = json.loads(calibrated.with_name("plan.json.calibration.json").read_text())
+    left = tmp_path / "left.json"
+    left.write_text(json.dumps({**whole, "losses": whole["losses"][:there]}))
+    result = run(work, "--quality-from", str(left), "--quality", "0.1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{there} of {len(whole['wanted'])} tunes are there; run the command that made it again to finish" in result.stderr
+
+
+def test_a_calibration_that_says_nothing_is_refused(work: Path, calibrated: Path, tmp_path: Path) -> None:
+    whole = json.loads(calibrated.with_name("plan.json.calibration.json").read_text())
+    control, *rest = whole["losses"]
+    wrongs: list[tuple[dict[str, Any], int, str]] = [
+        ({**whole, "losses": rest, "wanted": whole["wanted"][1:]}, 2, "lacks the control"),
+        ({**whole, "version": 1}, 3, "a calibration of version 1, expected 2; calibrate anew"),
+        ({**whole, "losses": [{**control, "held_out_loss": math.nan}, *rest]}, 3, "not finite"),
+        ({**whole, "losses": [{**control, "held_out_loss": math.inf}, *rest]}, 3, "not finite"),
+    ]
+    for wrong, code, complaint in wrongs:
+        (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+        result = run(work, "--quality-from", str(tmp_path / "wrong.json"))
+        assert (result.exit_code, complaint in result.stderr) == (code, True), result.stderr
+    (tmp_path / "renamed.json").write_text(json.dumps({**whole, "base_name": "cousin"}))
+    result = run(work, "--quality-from", str(tmp_path / "renamed.json"))
+    assert result.exit_code == 0
+    assert "renamed.json: calibrated on cousin; quality is only right if that is the same base" in result.stderr
 
 
 def test_the_base_is_left_as_it_was(work: Path, tmp_path: Path) -> None:
@@ -543,7 +703,29 @@ def test_a_person_sees_the_front_and_what_comes_next(work: Path, tmp_path: Path)
     assert read_plan(out).layers == LAYERS
     result = run(work, "--out", str(out))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "exists; pass --replace" in result.stderr
+    assert "already exists; choose another --out or pass --replace" in result.stderr
+
+
+def test_out_is_judged_before_anything_long(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(work, "--out", str(tmp_path), "--replace")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{tmp_path}: is a folder; give --out a file" in result.stderr
+    monkeypatch.setattr("plora.artifact.folders.os.access", lambda *arguments: False)  # root may write everywhere
+    result = run(work, "--out", str(tmp_path / "plan.json"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "plan.json: cannot be made" in result.stderr
+
+
+def test_what_comes_next_has_the_flags_that_were_given() -> None:
+    link, out = Link(20, 10, 10), Path("plan.json")
+    config = PlanConfig("base", link, Needs(), edge_dtype="fp16", calibration=CalibrationConfig(Path("r.jsonl"), max_tokens=99), out=out)
+    assert commands(config) == [
+        "plora-export base --dry-run --plan plan.json --edge-dtype fp16",
+        "plora-tune base --data r.jsonl --plan plan.json --max-tokens 99 --out adapter",
+        "plora-export base --adapter adapter --edge-dtype fp16 --out out",
+    ]
+    plain = commands(PlanConfig("base", link, Needs(), calibration=CalibrationConfig(Path("r.jsonl")), out=out))
+    assert not any("--edge-dtype" in line or "--max-tokens" in line for line in plain)
 
 
 def test_needs_that_no_plan_meets_end_with_11(work: Path, tmp_path: Path) -> None:
@@ -553,6 +735,10 @@ def test_needs_that_no_plan_meets_end_with_11(work: Path, tmp_path: Path) -> Non
     assert "--min-tokens-per-second 50 binds: without it" in result.stderr
     assert "Nearest: entry" in result.stderr
     assert not (tmp_path / "plan.json").exists()
+    result = run(work, *flags, "--all")
+    assert result.exit_code == NeedsUnmet.exit_code
+    assert "misses --min-tokens-per-second" in result.stdout and "Nearest: entry" in result.stderr
+    assert "chosen" not in result.stdout
     result = run(work, *flags, "--json")
     assert result.exit_code == 11
     facts = json.loads(result.stdout)
