@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality import methods, runs, score, shares, study, sweep, tasks, train
+from bench.quality import methods, plots, runs, score, shares, study, sweep, tasks, train
 from plora.artifact.errors import DataError, UsageError
 from plora.artifact.plan import TARGETS
 from plora.artifact.plans import QKV, entry_plan
@@ -354,3 +354,40 @@ def test_rows_of_a_prompt_are_drawn_together() -> None:
     assert shares.Losses.of([outcome(task="persona")]).tokens.tolist() == [[4.0] * 4]
     with pytest.raises(ValueError, match="no final run"):
         shares.Losses.of([])
+
+
+def test_figures_and_plots_of_a_study(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method ends at the loss that is planted; the shares, their names and the plots' files follow from it."""
+    store = runs.Store(tmp_path / "runs.jsonl")
+    planted = {"base": 3.0, "control": 2.0, "lora": 1.0, "entry": 0.9, "grouped": 1.25, "paper": 1.5}
+    for task, steps in study.STEPS.items():
+        for name in study.ROWS[task]:
+            for rate in sweep.GRID[3:8]:
+                seeds = (0, 1, 2) if name in methods.HEADLINE and rate == sweep.GRID[5] else (0,)
+                for seed in seeds:
+                    loss = 1 + abs(math.log(rate / sweep.GRID[5]))
+                    rows = [planted.get(name, 1.1) * 2] * 8
+                    extra = {"parameters": 7, "other_nll": 3.5, "nll": 0.0}
+                    store.add(outcome(task=task, method=name, rate=rate, seed=seed, steps=steps, validation_nll=loss, rows=rows, **extra))
+        store.add(outcome(task=task, method="base", rate=0.0, steps=0, rows=[6.0] * 8, other_nll=2.8))
+    shape = replace(base.shape, layers=30, windows=(0,) * 30)
+    found = shares.figures(store, 30, shape, 1.0)
+    for task in tasks.NAMES:
+        own = found[task]
+        assert (own["entry_share"], own["grouped_share"], own["paper_share"]) == tuple(pytest.approx(each) for each in (1.1, 0.75, 0.5))
+        assert own["entry_share_interval"] == pytest.approx((1.1, 1.1))
+        assert (own["base_nll"], own["control_nll"], own["lora_nll"], own["rows"]) == (3.0, 2.0, 1.0, 8)
+        assert own["methods"]["entry"]["plain_improvement"] == pytest.approx(1.05)
+        assert (own["methods"]["entry"]["seeds"], own["methods"]["entry-2048"]["seeds"]) == (3, 1)
+        assert own["methods"]["entry"]["share_by_seed"] == [pytest.approx(1.1)] * 3
+        assert own["methods"]["entry"]["rate"] == sweep.GRID[5]
+        shares.print_task(task, own)
+    assert found["methods"]["entry"]["round_trips"] == 1
+    assert found["methods"]["paper"]["round_trips"] == 31
+    assert "round_trips" not in found["methods"]["lora"]
+    assert found["methods"]["entry-512"]["up_bytes_per_token"] < found["methods"]["entry"]["up_bytes_per_token"]
+    assert found["methods"]["entry-features-64"]["device_multiplications"] - found["methods"]["entry"]["device_multiplications"] == 64 * 64
+    assert found["tried"]["persona"]["entry"].keys() == {f"{rate:.3g}" for rate in sweep.GRID[3:8]}
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    for path in plots.plot(found):
+        assert path.read_text(encoding="utf-8").count("<!-- entry -->") == 3  # a label in each task's panel
