@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+CHUNK_TOKENS = 128
+"""Of a prompt per step: as fast in the cloud as twice as many, and the first chunk is computed while the second is on its way up."""
+
 
 @dataclass(frozen=True)
 class Chunk:

@@ -11,11 +11,11 @@ from ..artifact.errors import WrongPair
 from ..artifact.manifest import EdgeManifest, read_manifest
 from ..protocol import Precision
 from .access import Access
+from .chunks import CHUNK_TOKENS
 from .edge import Edge
 from .forecast import NOTHING, CloudFigures, Curve, DeviceFigures, Forecast, LinkFigures, Setup, predict, reconcile, step
 from .knobs import Knob, bound, knobs
 from .measure import FEW, Say, Steps, Visit, measure_device, measure_link, measure_steps
-from .stepper import CHUNK_TOKENS
 
 LONGEST_PAUSE_SECONDS = 0.25
 """Slept in place of a wait for the cloud: after that nothing gets any colder."""

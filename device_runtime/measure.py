@@ -22,12 +22,13 @@ from ..protocol import DeviceSession, Precision
 from ..protocol.events import PongArrived
 from ..protocol.limits import MAX_PROBE_BYTES
 from .access import Access
+from .chunks import CHUNK_TOKENS
 from .edge import Edge
 from .forecast import Curve, DeviceFigures, LinkFigures, Setup, step
 from .link import Link
 from .runner import Runner
 from .speculation import SLOWEST
-from .stepper import CHUNK_TOKENS, Stepper
+from .stepper import Stepper
 from .transport import Deadlines, Transport
 
 T = TypeVar("T")

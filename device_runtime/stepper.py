@@ -20,15 +20,13 @@ from ..artifact.walk import BackLayers, Entry, FrontLayers, walk
 from ..protocol.events import CancelDone, ClosedDone, CompressedArrived, StepDone, Terms
 from ..protocol.roles import DeviceSession
 from ..protocol.states import State
-from .chunks import Chunk, aligned_chunks, chunks
+from .chunks import CHUNK_TOKENS, Chunk, aligned_chunks, chunks
 from .cores import Floats
 from .edge import Edge
 from .layers import DeviceLayers
 from .link import CONNECTED, RECONNECTING, REPLAYING, Link
 from .transport import Interrupted
 
-CHUNK_TOKENS = 128
-"""Of a prompt per step: as fast in the cloud as twice as many, and the first chunk is computed while the second is on its way up."""
 MOST_SESSIONS = 8
 """Sessions begun for one feed, one after another, before we believe that the cloud loses every one."""
 

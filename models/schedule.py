@@ -63,11 +63,16 @@ class Schedule:
 
     @property
     def warmup_steps(self) -> int:
-        return min(max(WARMUP_STEPS, math.ceil(WARMUP_SHARE * self.steps)), self.steps // 2)
+        return warmup_of(self.steps)
 
     def every(self, times: int) -> int:
         """Steps between events of which a run has about `times`."""
         return max(1, round(self.steps / times))
+
+
+def warmup_of(steps: int) -> int:
+    """Of a run of so many steps."""
+    return min(max(WARMUP_STEPS, math.ceil(WARMUP_SHARE * steps)), steps // 2)
 
 
 @lru_cache(maxsize=2)

@@ -15,7 +15,7 @@ from torch import nn
 from ..artifact.errors import ModelError
 from .packing import Pack, pack
 from .rows import Example
-from .schedule import Schedule
+from .schedule import warmup_of
 from .trainer import Tuned
 
 
@@ -26,7 +26,7 @@ def short_tune(tuned: Tuned, batches: Iterable[Sequence[Pack]], steps: int, rate
     """
     trained = [parameter for parameter in tuned.cores.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    pace = transformers.get_linear_schedule_with_warmup(optimizer, Schedule(1, 1, 1, steps, 0).warmup_steps, steps)
+    pace = transformers.get_linear_schedule_with_warmup(optimizer, warmup_of(steps), steps)
     device = next(tuned.model.parameters()).device
     tuned.train()
     for step, packs in enumerate(batches, 1):

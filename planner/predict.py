@@ -7,14 +7,12 @@ from typing import Any
 
 from ..artifact.plan import ExchangePlan
 from ..artifact.shape import DecoderShape
+from ..device_runtime.chunks import CHUNK_TOKENS
 from ..device_runtime.forecast import NOTHING, CloudFigures, Curve, DeviceFigures, LinkFigures, Setup, first_token, step
 from ..models.sides import half, sides
 from ..protocol.limits import WINDOW, step_tokens
 from ..protocol.precision import Precision
 from .machine import OVERHEAD_SECONDS, Side, layer_values
-
-CHUNK_TOKENS = 128
-"""Of a prompt, most in one step: as the device cuts it (device_runtime/stepper.py)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from plora.artifact import AdaptedLayer, ExchangePlan, Source, entry_plan, grouped_plan, paper_plan
 from plora.artifact.edge_layout import fused_attention
 from plora.device_runtime import PrivateSession, open_session
-from plora.device_runtime.stepper import CHUNK_TOKENS
+from plora.device_runtime.chunks import CHUNK_TOKENS
 from plora.models.adapter import write_cores
 from plora.models.checkpoint import Base
 from plora.models.formula import adapted

@@ -107,7 +107,7 @@ def test_a_prompt_is_packed_once_with_all_its_answers(folder: Path, base: Base) 
 
 
 def test_training_is_that_of_plora_tune(folder: Path, base: Base, tmp_path: Path) -> None:
-    """Same rows, steps, rate and basis: the same cores; with another rate, others."""
+    """Same rows, steps, rate and basis: the same cores; with another rate, others; with bf16 products nearly the same."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"what is {n}?", "response": f"it is {n * n}"}) + "\n" for n in range(24)))
     plan = entry_plan(base.shape.layers, 1, 6)
@@ -119,16 +119,19 @@ def test_training_is_that_of_plora_tune(folder: Path, base: Base, tmp_path: Path
     rows: list[tasks.Group] = [(row,) for row in read_examples(data, read_tokenizer(base.source), 512)]
     task = tasks.Task("gsm8k", rows, [], [], [], 8)
 
-    def cores(rate: float) -> dict[str, torch.Tensor]:
+    def cores(rate: float, products: str = "fp32") -> dict[str, torch.Tensor]:
         attached = methods.PlanCores(base, plan, "pca", 0)
-        train.train(base.model, attached, base.shape.windows, train.batches(task, 6, 0), rate, lambda text: None)
+        train.train(base.model, attached, base.shape.windows, train.batches(task, 6, 0), rate, products, lambda text: None)
         found = {name: attached.cores.core(name).detach().clone() for name in expected}
         attached.remove()
         return found
 
-    same, other = cores(4e-3), cores(8e-3)
+    same, other, mixed = cores(4e-3), cores(8e-3), cores(4e-3, "bf16")
     assert max(float((same[name] - core).abs().max()) for name, core in expected.items()) < 1e-5
     assert max(float((other[name] - core).abs().max()) for name, core in expected.items()) > 1e-3
+    together, near = (torch.cat([each[name].flatten() for name in expected]) for each in (expected, mixed))
+    assert not torch.equal(together, near)
+    assert float(torch.nn.functional.cosine_similarity(together, near, dim=0)) > 0.9
 
 
 def test_every_method_reads_the_same_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +241,7 @@ def test_a_search_ends_with_no_best_at_an_edge(best: float) -> None:
 
 
 def test_a_study_does_what_is_missing_and_ends(tmp_path: Path) -> None:
-    """Two runs at a time, one try of a search at a time, then the headline's other seeds at the best rate."""
+    """Two runs at a time, one try of a search at a time; the headline's other seeds at the best rate before the other methods."""
     store, steps = runs.Store(tmp_path / "runs.jsonl"), study.STEPS["e2e"]
     names, order = ["control", "entry", "entry-512"], []
     running: dict[str, runs.Run] = {}
@@ -256,7 +259,8 @@ def test_a_study_does_what_is_missing_and_ends(tmp_path: Path) -> None:
         store.add({name: value for name, value in outcome(**asdict(run), validation_nll=loss, **judged).items() if value is not None})
     assert not running
     assert [run.method for run in order].count("base") == 1
-    assert [(run.method, run.seed) for run in order if run.seed] == [(name, seed) for seed in (1, 2) for name in ("control", "entry")]
+    assert sorted((run.method, run.seed) for run in order if run.seed) == [(name, seed) for name in ("control", "entry") for seed in (1, 2)]
+    assert order.index(next(run for run in order if run.method == "entry-512")) > order.index(next(run for run in order if run.seed))
     assert {run.rate for run in order if run.seed} == {1e-2}
     for name, seeds in (("control", 3), ("entry", 3), ("entry-512", 1)):
         results = store.results("e2e", name, steps)

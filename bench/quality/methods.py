@@ -116,16 +116,11 @@ def _features(count: int) -> Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("control", "static bias at q, k, v: LoRA's targets, reading no input", 1e-2, lambda base, seed: StaticBias(base.model, QKV)),
-        Method("lora", "LoRA r = 16 on q, k, v (peft)", 3e-3, lambda base, seed: PeftLora(base.model, QKV)),
+        Method("control", "static bias at q, k, v: LoRA's targets, reading no input", 3e-2, lambda base, seed: StaticBias(base.model, QKV)),
+        Method("lora", "LoRA r = 16 on q, k, v (peft)", 1e-2, lambda base, seed: PeftLora(base.model, QKV)),
         Method("lora-all", "LoRA r = 16 on all seven linear targets (peft)", 3e-3, lambda base, seed: PeftLora(base.model, TARGETS)),
         _under("paper", "the paper's plan and random basis: q, k, v, one exchange a layer", _paper, "random", 3e-3),
-        _under(
-            "grouped",
-            "grouped plan, one exchange for six layers, all seven targets",
-            _grouped,
-            guess=1e-3,
-        ),
+        _under("grouped", "grouped plan, one exchange for six layers, all seven targets", _grouped, guess=1e-3),
         _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry()),
         _shared(2048),
         _shared(512),

@@ -19,7 +19,7 @@ from plora.models.checkpoint import Base, display_name, read_base, read_tokenize
 from .methods import METHODS, Method
 from .score import ANSWER_TOKENS, answers, judge, row_nlls, text_rows
 from .sweep import Search
-from .tasks import DATA, NAMES, Sizes, Task, load, other_texts
+from .tasks import DATA, NAMES, PRODUCTS, Sizes, Task, load, other_texts
 from .train import batches, train
 
 TASK_GUESS = {"gsm8k": 10**-0.5, "e2e": 1.0, "persona": 1.0}
@@ -80,8 +80,9 @@ def perform(bench: Bench, run: Run, tell: Callable[[str], None], beat: float = m
             base.model.to(bench.device)
             attached.to(bench.device)
             outcome["parameters"] = sum(each.numel() for each in attached.parameters() if each.requires_grad)
+            outcome["products"] = PRODUCTS[run.task]
             steps = batches(_task(bench, run.task), run.steps, run.seed)
-            outcome["train_loss"] = train(base.model, attached, base.shape.windows, steps, run.rate, tell)
+            outcome["train_loss"] = train(base.model, attached, base.shape.windows, steps, run.rate, PRODUCTS[run.task], tell)
             outcome |= _judged(bench, run, beat)
         finally:
             attached.remove()

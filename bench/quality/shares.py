@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plora.artifact.cost import payload
-from plora.artifact.plan import TARGETS, ExchangePlan
+from plora.artifact.plan import ExchangePlan
 from plora.artifact.shape import DecoderShape
+from plora.planner.machine import layer_values
 
 from ..conditions import write_results
 from .methods import METHODS, Method
@@ -90,12 +91,13 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
     found: dict[str, Any] = {}
     steps = {task: round(STEPS[task] * times) for task in NAMES}
     for task in NAMES:
-        losses = {name: Losses.of(outcomes) for name in ("base", *METHODS) if (outcomes := store.results(task, name, steps[task]))}
+        results = {name: outcomes for name in ("base", *METHODS) if (outcomes := store.results(task, name, steps[task]))}
+        losses = {name: Losses.of(outcomes) for name, outcomes in results.items()}
         if not {CONTROL, REFERENCE, "base"} <= set(losses):
             continue
         base, control, lora = (losses[name] for name in ("base", CONTROL, REFERENCE))
         of_task: dict[str, Any] = {
-            "rows": len(store.results(task, "base", 0)[0]["rows"]),
+            "rows": len(results["base"][0]["rows"]),
             "prompts": base.sums.shape[1],
             "steps": steps[task],
             "base_nll": base.mean,
@@ -104,7 +106,7 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
             "methods": {},
         }
         for name, own in losses.items():
-            outcomes = store.results(task, name, steps[task])
+            outcomes = results[name]
             shown: dict[str, Any] = {"nll": own.mean, "seeds": len(own.seeds)}
             if name != "base":
                 value, interval, seeds = share(control, lora, own)
@@ -157,12 +159,10 @@ def costs(method: Method, layers: int, shape: DecoderShape) -> dict[str, Any]:
 
 def device_multiplications(plan: ExchangePlan, shape: DecoderShape) -> int:
     """Multiply-accumulates of one token on the device: its layers' projections, an entry's A, features, cores, head; not attention."""
-    inputs = {"o": shape.query_width, "down": shape.intermediate}
-    layer = sum(shape.out_features(target) * inputs.get(target, shape.hidden) for target in TARGETS)
     cores = sum((core.down_stop - core.down_start) * (core.up_stop - core.up_start) for core in plan.cores)
     cores += sum(exchange.features * exchange.compressed_columns for exchange in plan.all_exchanges)
     entry = plan.entry_exchange.compressed_columns * shape.hidden if plan.entry_exchange else 0
-    return len(plan.device_layers) * layer + cores + entry + shape.vocabulary * shape.hidden
+    return len(plan.device_layers) * layer_values(shape) + cores + entry + shape.vocabulary * shape.hidden
 
 
 def main() -> None:

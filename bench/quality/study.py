@@ -8,6 +8,7 @@ What has been run is kept in docs/results/quality-runs.jsonl and not run again; 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import queue
@@ -26,14 +27,18 @@ from .methods import HEADLINE, METHODS
 from .runs import Bench, Run, Store, check_tasks, key_of, perform
 from .tasks import DATA
 
-STEPS = {"gsm8k": 32, "e2e": 48, "persona": 130}
+STEPS = {"gsm8k": 24, "e2e": 48, "persona": 130}
 """At --times 1, which is sized for two cores."""
 ANSWERED = {"gsm8k": 40, "e2e": 56, "persona": 96}
 """Questions answered in words by runs of the first seed."""
 SPEAKERS = ("base", "lora", "entry")
 """Methods whose answers to GSM8K are read: the base is hardly able to give any, so they tell little."""
-ROWS = {"persona": tuple(METHODS), "e2e": tuple(METHODS), "gsm8k": (*HEADLINE, "entry-2048")}
-"""The methods of each task; GSM8K's rows are long, and take twice as long as both others."""
+ROWS = {
+    "persona": tuple(METHODS),
+    "e2e": (*HEADLINE, "lora-all", "entry-2048", "entry-512"),
+    "gsm8k": (*HEADLINE, "lora-all", "entry-2048"),
+}
+"""The methods of each task."""
 TASKS = ("persona", "e2e", "gsm8k")
 """In the order to run them."""
 RUNS = RESULTS / "quality-runs.jsonl"
@@ -45,22 +50,26 @@ def asked(task: str, method: str) -> int:
 
 
 def wanted_runs(store: Store, methods: list[str], tasks: tuple[str, ...], seeds: int, times: float) -> Iterator[tuple[Run, float]]:
-    """What can be done now, in order, each with the validation loss to beat: the bases, the next try of every search, and of the headline
-    the other seeds."""
+    """What can be done now, in order, each with the validation loss to beat: the bases; of the headline the next try of every search, then
+    the other seeds; the searches of the other methods."""
     for task in tasks:
         yield Run(task, "base", 0.0, 0, 0, asked(task, "base")), math.inf
-    for task in tasks:
-        steps = round(STEPS[task] * times)
-        for method in [each for each in methods if each in ROWS[task]]:
-            search = store.search(task, METHODS[method], steps)
-            if search.wanted is not None:
-                yield Run(task, method, search.wanted, 0, steps, asked(task, method)), search.best_loss
+    steps = {task: round(STEPS[task] * times) for task in tasks}
+    headline = [each for each in methods if each in HEADLINE]
+    yield from _searches(store, headline, steps)
     for seed in range(1, seeds):
-        for task in tasks:
-            steps = round(STEPS[task] * times)
-            for method in [each for each in methods if each in HEADLINE]:
-                for first in store.results(task, method, steps)[:1]:
-                    yield Run(task, method, first["rate"], seed, steps), math.inf
+        for task, method in itertools.product(tasks, headline):
+            for first in store.results(task, method, steps[task])[:1]:
+                yield Run(task, method, first["rate"], seed, steps[task]), math.inf
+    yield from _searches(store, [each for each in methods if each not in HEADLINE], steps)
+
+
+def _searches(store: Store, methods: list[str], steps: dict[str, int]) -> Iterator[tuple[Run, float]]:
+    for task, method in itertools.product(steps, methods):
+        if method in ROWS[task]:
+            search = store.search(task, METHODS[method], steps[task])
+            if search.wanted is not None:
+                yield Run(task, method, search.wanted, 0, steps[task], asked(task, method)), search.best_loss
 
 
 def next_run(store: Store, running: dict[str, Run], *study: Any) -> tuple[Run, float] | None:

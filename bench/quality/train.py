@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from plora.artifact.errors import ModelError
 from plora.models.packing import Pack, pack
 from plora.models.schedule import Schedule
@@ -17,6 +20,14 @@ from .tasks import Group, Task
 
 PACK_TOKENS = 512
 """Attention costs the square of a sequence: on a CPU shorter ones are faster, though they repeat the prefix."""
+
+
+class MixedPrecision(Tuned):
+    """Matrix products of bf16 numbers, summed in fp32; sums of the residual, norms, trained parameters and their optimizer in fp32."""
+
+    def forward(self, packs: list[Pack]) -> dict[str, Tensor]:
+        with torch.autocast(self.model.device.type, torch.bfloat16):
+            return super().forward(packs)
 
 
 def packs_of(groups: Sequence[Group]) -> list[Pack]:
@@ -33,16 +44,26 @@ def batches(task: Task, steps: int, seed: int) -> list[list[Group]]:
 
 
 def train(
-    model: Any, attached: Attached, windows: tuple[int, ...], steps: Sequence[Sequence[Group]], rate: float, tell: Callable[[str], None]
+    model: Any,
+    attached: Attached,
+    windows: tuple[int, ...],
+    steps: Sequence[Sequence[Group]],
+    rate: float,
+    products: str,
+    tell: Callable[[str], None],
 ) -> float:
-    """Mean loss per response token over the last quarter of the steps; NaN once a loss is not finite, and the run ends there."""
+    """Mean loss per response token over the last quarter of the steps; NaN once a loss is not finite, and the run ends there.
+
+    products: "fp32"; or "bf16", torch's mixed precision, trained parameters in fp32 all the same.
+    """
     losses: list[float] = []
 
     def told(step: int, loss: float) -> None:
         losses.append(loss)
         tell(f"step {step}/{len(steps)}: loss {loss:.3f}")
 
-    tuned = Tuned(model, attached, windows)  # pyright: ignore[reportArgumentType]  it only keeps the module
+    kind = MixedPrecision if products == "bf16" else Tuned
+    tuned = kind(model, attached, windows)  # pyright: ignore[reportArgumentType]  it only keeps the module
     try:
         short_tune(tuned, (packs_of(groups) for groups in steps), len(steps), rate, told)
     except ModelError:
