@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality import methods, plots, runs, score, shares, study, sweep, tasks, train
+from bench.quality import methods, plots, runs, score, shares, study, sweep, tables, tasks, train
 from plora.artifact.errors import DataError, UsageError
 from plora.artifact.plan import TARGETS
 from plora.artifact.plans import QKV, entry_plan
@@ -371,7 +371,7 @@ def test_figures_and_plots_of_a_study(base: Base, tmp_path: Path, monkeypatch: p
                 for seed in seeds:
                     loss = 1 + abs(math.log(rate / sweep.GRID[5]))
                     rows = [planted.get(name, 1.1) * 2] * 8
-                    extra = {"parameters": 7, "other_nll": 3.5, "nll": 0.0}
+                    extra = {"parameters": 7, "other_nll": 3.5, "nll": 0.0, "recall": 0.5}
                     store.add(outcome(task=task, method=name, rate=rate, seed=seed, steps=steps, validation_nll=loss, rows=rows, **extra))
         store.add(outcome(task=task, method="base", rate=0.0, steps=0, rows=[6.0] * 8, other_nll=2.8))
     shape = replace(base.shape, layers=30, windows=(0,) * 30)
@@ -394,4 +394,15 @@ def test_figures_and_plots_of_a_study(base: Base, tmp_path: Path, monkeypatch: p
     assert found["tried"]["persona"]["entry"].keys() == {f"{rate:.3g}" for rate in sweep.GRID[3:8]}
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
     for path in plots.plot(found):
-        assert path.read_text(encoding="utf-8").count("<!-- entry -->") == 3  # a label in each task's panel
+        drawn = path.read_text(encoding="utf-8")
+        assert all(drawn.count(f"<!-- {each} -->") == 1 for each in ("persona", "e2e", "gsm8k", "entry", "entry-512", "paper"))
+    pages = tables.markdown(found)
+    assert (
+        pages.count(
+            "`entry`: entry plan, 4 front layers, all seven targets: one round trip | 110.0 % [110.0 %, 110.0 %] | 110.0 %, 110.0 %, 110.0 %"
+        )
+        == 3
+    )
+    assert pages.count("`base`: the base, nothing tuned |") == 3
+    widths = {len(line.split("|")) for line in pages.splitlines() if line.startswith("| `entry")}
+    assert len(widths) == 2  # results, costs

@@ -1,4 +1,5 @@
-"""Writes or checks what is generated from code: the protobuf modules, the state diagram, the CLI reference.
+"""Writes or checks what is generated from code: the protobuf modules, the state diagram, the CLI reference; and from results, the
+tables of the quality study.
 
     python tools/generated.py [--check]
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROTOCOL_DOC = "docs/protocol.md"
 CLI_DOC = "docs/cli.md"
+QUALITY_DOC = "docs/quality.md"
+QUALITY_RESULTS = "docs/results/quality.json"
 COMMANDS = {
     "plora-plan": "plora.planner.cli",
     "plora-tune": "plora.models.tune_cli",
@@ -56,6 +60,7 @@ def generated() -> dict[str, bytes]:
         **protobuf_modules(),
         PROTOCOL_DOC: with_block(PROTOCOL_DOC, "states", f"```mermaid\n{mermaid()}\n```"),
         CLI_DOC: with_block(CLI_DOC, "cli", cli_reference()),
+        QUALITY_DOC: with_block(QUALITY_DOC, "quality", quality_tables()),
     }
 
 
@@ -82,6 +87,13 @@ def with_block(name: str, marker: str, block: str) -> bytes:
         sys.exit(f"{name}: expected {begin} and {end}, once each and in this order")
     before, after = text.split(begin)[0], text.split(end)[1]
     return f"{before}{begin}\n{block}\n{end}{after}".encode()
+
+
+def quality_tables() -> str:
+    sys.path.insert(0, str(ROOT))
+    from bench.quality.tables import markdown
+
+    return markdown(json.loads((ROOT / QUALITY_RESULTS).read_text(encoding="utf-8")))
 
 
 def cli_reference() -> str:

@@ -106,11 +106,11 @@ def _grouped(layers: int) -> ExchangePlan:
 
 def _shared(values: int) -> Method:
     words = f"entry plan, shared injection of {values} values"
-    return _under(f"entry-{values}", words, _entry(shared_injection=values), guess=3e-3)
+    return _under(f"entry-{values}", words, _entry(shared_injection=values), guess=1e-2)
 
 
 def _features(count: int) -> Method:
-    return _under(f"entry-features-{count}", f"entry plan, {count} private features (non-linear cores)", _entry(features=count))
+    return _under(f"entry-features-{count}", f"entry plan, {count} private features (non-linear cores)", _entry(features=count), guess=1e-2)
 
 
 METHODS = {
@@ -119,12 +119,14 @@ METHODS = {
         Method("control", "static bias at q, k, v: LoRA's targets, reading no input", 3e-2, lambda base, seed: StaticBias(base.model, QKV)),
         Method("lora", "LoRA r = 16 on q, k, v (peft)", 1e-2, lambda base, seed: PeftLora(base.model, QKV)),
         Method("lora-all", "LoRA r = 16 on all seven linear targets (peft)", 3e-3, lambda base, seed: PeftLora(base.model, TARGETS)),
-        _under("paper", "the paper's plan and random basis: q, k, v, one exchange a layer", _paper, "random", 3e-3),
-        _under("grouped", "grouped plan, one exchange for six layers, all seven targets", _grouped, guess=1e-3),
-        _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry()),
+        _under("paper", "the paper's plan and random basis: q, k, v, one exchange a layer", _paper, "random", 1e-2),
+        _under("grouped", "grouped plan, one exchange for six layers, all seven targets", _grouped),
+        _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry(), guess=1e-2),
         _shared(2048),
         _shared(512),
         _features(64),
+        _under("entry-front-8", "entry plan, 8 front layers", _entry(front_layers=8)),
+        _under("entry-rank-128", "entry plan, rank 128", _entry(rank=128)),
         Method("bias-all", "static bias at all seven linear targets", 1e-2, lambda base, seed: StaticBias(base.model, TARGETS)),
     )
 }

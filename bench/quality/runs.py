@@ -20,7 +20,7 @@ from .methods import METHODS, Method
 from .score import ANSWER_TOKENS, answers, judge, row_nlls, text_rows
 from .sweep import Search
 from .tasks import DATA, NAMES, PRODUCTS, Sizes, Task, load, other_texts
-from .train import batches, train
+from .train import batches, mixed, train
 
 TASK_GUESS = {"gsm8k": 10**-0.5, "e2e": 1.0, "persona": 1.0}
 """Times a method's guess: where a search begins."""
@@ -73,7 +73,7 @@ def perform(bench: Bench, run: Run, tell: Callable[[str], None], beat: float = m
     outcome: dict[str, Any] = {"base": display_name(bench.base), **asdict(run)}
     if run.method == "base":
         base.model.to(bench.device)
-        outcome |= _judged(bench, run, beat)
+        outcome |= {"products": PRODUCTS[run.task], **_judged(bench, run, beat)}
     else:
         attached = METHODS[run.method].attach(base, run.seed)
         try:
@@ -94,10 +94,11 @@ def perform(bench: Bench, run: Run, tell: Callable[[str], None], beat: float = m
 def _judged(bench: Bench, run: Run, beat: float) -> dict[str, Any]:
     base, tokenizer = _opened(bench)
     task, model, windows = _task(bench, run.task), base.model.eval(), base.shape.windows
-    validation = _mean(*row_nlls(model, windows, task.validation))
-    if not validation < beat:
-        return {"validation_nll": validation}
-    sums, counts = row_nlls(model, windows, task.held_out)
+    with mixed(model, PRODUCTS[run.task]):
+        validation = _mean(*row_nlls(model, windows, task.validation))
+        if not validation < beat:
+            return {"validation_nll": validation}
+        sums, counts = row_nlls(model, windows, task.held_out)
     found: dict[str, Any] = {"validation_nll": validation, "nll": _mean(sums, counts)}
     if run.task == "persona":
         found["other_nll"] = _mean(*row_nlls(model, windows, text_rows(tokenizer, other_texts(bench.data))))
@@ -142,9 +143,11 @@ class Store:
 
     def search(self, task: str, method: Method, steps: int) -> Search:
         """As far as it has come."""
-        wanted = (task, method.name, 0, steps)
-        tries = [each for each in self.outcomes.values() if (each["task"], each["method"], each["seed"], each["steps"]) == wanted]
-        return Search.of(tries, method.guess * TASK_GUESS[task])
+        return Search.of(self._tries(task, method.name, steps), method.guess * TASK_GUESS[task])
+
+    def _tries(self, task: str, method: str, steps: int) -> list[dict[str, Any]]:
+        wanted = (task, method, 0, steps)
+        return [each for each in self.outcomes.values() if (each["task"], each["method"], each["seed"], each["steps"]) == wanted]
 
     def results(self, task: str, method: str, steps: int) -> list[dict[str, Any]]:
         """By seed, at the best rate, once the search for it has ended; of "base", its only one. Without those that diverged."""
@@ -156,6 +159,10 @@ class Store:
                 return []
             rate = search.best
         return sorted((each for each in self._at(task, method, rate, steps) if "rows" in each), key=lambda each: each["seed"])
+
+    def judged(self, task: str, method: str, steps: int) -> list[dict[str, Any]]:
+        """Tries of the first seed that were judged by held-out rows: each was the best when it was made. By rate."""
+        return sorted((each for each in self._tries(task, method, steps) if "rows" in each), key=lambda each: each["rate"])
 
     def diverged(self, task: str, method: str, rate: float, steps: int) -> int:
         """Seeds whose loss at this rate was no number."""

@@ -10,6 +10,7 @@ seeds are few for that: their part comes out too narrow, so each seed's share is
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def share(control: Losses, lora: Losses, x: Losses, draws: int = DRAWS) -> tuple
 
 
 def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dict[str, Any]:
-    """By task; a method whose search has not ended is left out. tried: validation loss by learning rate."""
+    """By task; a method whose search has not ended is left out. tried: validation loss by learning rate, None where a
+    tune diverged. general_text: of the persona's tries that were judged, by method and rate."""
     found: dict[str, Any] = {}
     steps = {task: round(STEPS[task] * times) for task in NAMES}
     for task in NAMES:
@@ -130,10 +132,20 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
                 shown["other_nll"] = float(np.mean([each["other_nll"] for each in outcomes]))
             of_task["methods"][name] = shown
         found[task] = of_task
+    found["general_text"] = {
+        name: {
+            f"{each['rate']:.3g}": {"nll": each["nll"], "other_nll": each["other_nll"], "recall": each["recall"]}
+            for each in store.judged("persona", name, steps["persona"])
+        }
+        for name in ROWS["persona"]
+    }
     found["methods"] = {name: costs(method, layers, shape) for name, method in METHODS.items()}
     found["tried"] = {
         task: {
-            name: {f"{rate:.3g}": loss for rate, loss in sorted(store.search(task, METHODS[name], steps[task]).tried.items())}
+            name: {
+                f"{rate:.3g}": loss if math.isfinite(loss) else None
+                for rate, loss in sorted(store.search(task, METHODS[name], steps[task]).tried.items())
+            }
             for name in ROWS[task]
         }
         for task in NAMES

@@ -34,9 +34,9 @@ ANSWERED = {"gsm8k": 40, "e2e": 56, "persona": 96}
 SPEAKERS = ("base", "lora", "entry")
 """Methods whose answers to GSM8K are read: the base is hardly able to give any, so they tell little."""
 ROWS = {
-    "persona": tuple(METHODS),
+    "persona": (*HEADLINE, "lora-all", "entry-2048", "entry-features-64", "entry-512", "bias-all"),
     "e2e": (*HEADLINE, "lora-all", "entry-2048", "entry-512"),
-    "gsm8k": (*HEADLINE, "lora-all", "entry-2048"),
+    "gsm8k": (*HEADLINE, "lora-all", "entry-front-8", "entry-rank-128", "entry-2048"),
 }
 """The methods of each task."""
 TASKS = ("persona", "e2e", "gsm8k")

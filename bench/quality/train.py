@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,11 +23,18 @@ PACK_TOKENS = 512
 """Attention costs the square of a sequence: on a CPU shorter ones are faster, though they repeat the prefix."""
 
 
-class MixedPrecision(Tuned):
-    """Matrix products of bf16 numbers, summed in fp32; sums of the residual, norms, trained parameters and their optimizer in fp32."""
+def mixed(model: Any, products: str) -> AbstractContextManager[Any]:
+    """products: "fp32"; or "bf16", torch's mixed precision: bf16 numbers, sums in fp32; the rest and what is trained stay in fp32."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=products == "bf16")
+
+
+class Mixed(Tuned):
+    """Tuned with products as `mixed` says."""
+
+    products = "fp32"
 
     def forward(self, packs: list[Pack]) -> dict[str, Tensor]:
-        with torch.autocast(self.model.device.type, torch.bfloat16):
+        with mixed(self.model, self.products):
             return super().forward(packs)
 
 
@@ -54,7 +62,7 @@ def train(
 ) -> float:
     """Mean loss per response token over the last quarter of the steps; NaN once a loss is not finite, and the run ends there.
 
-    products: "fp32"; or "bf16", torch's mixed precision, trained parameters in fp32 all the same.
+    products: as `mixed` takes it.
     """
     losses: list[float] = []
 
@@ -62,8 +70,8 @@ def train(
         losses.append(loss)
         tell(f"step {step}/{len(steps)}: loss {loss:.3f}")
 
-    kind = MixedPrecision if products == "bf16" else Tuned
-    tuned = kind(model, attached, windows)  # pyright: ignore[reportArgumentType]  it only keeps the module
+    tuned = Mixed(model, attached, windows)  # pyright: ignore[reportArgumentType]  it only keeps the module
+    tuned.products = products
     try:
         short_tune(tuned, (packs_of(groups) for groups in steps), len(steps), rate, told)
     except ModelError:
