@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.conditions import RESULTS
 from bench.quality import methods, plots, runs, score, shares, study, sweep, tables, tasks, train
 from plora.artifact.errors import DataError, UsageError
 from plora.artifact.plan import TARGETS
@@ -236,8 +237,18 @@ def test_a_search_ends_with_no_best_at_an_edge(best: float) -> None:
     search = sweep.Search.of(tries, 3e-3)
     assert search.best == best
     assert search.best_loss == 1
+    assert not search.at_edge
     at = sweep.GRID.index(best)
     assert {sweep.GRID[at - 1], sweep.GRID[at + 1]} <= set(search.tried)
+
+
+@pytest.mark.parametrize("end", [sweep.GRID[0], sweep.GRID[-1]])
+def test_a_best_at_the_end_of_the_grid_is_told(end: float) -> None:
+    tries: list[dict[str, Any]] = []
+    while (wanted := sweep.Search.of(tries, end).wanted) is not None:
+        tries.append(outcome(rate=wanted, validation_nll=1 + abs(math.log(wanted / end))))
+    assert sweep.Search.of(tries, end).best == end
+    assert sweep.Search.of(tries, end).at_edge
 
 
 def test_a_study_does_what_is_missing_and_ends(tmp_path: Path) -> None:
@@ -337,7 +348,7 @@ def test_a_share_is_of_what_lora_learns_beyond_the_control() -> None:
     control, lora = losses([2.0, 2.1, 2.2]), losses([1.0, 1.1, 1.2])
     for x, expected in ((lora, 1.0), (control, 0.0), (losses([1.25, 1.35, 1.45]), 0.75), (losses([0.9, 1.0, 1.1]), 1.1)):
         value, (low, high), seeds = shares.share(control, lora, x)
-        assert (value, seeds) == (pytest.approx(expected), 3)
+        assert (value, seeds) == (pytest.approx(expected), (0, 1, 2))
         assert low - 1e-9 <= expected <= high + 1e-9
         assert high - low < 1e-6  # prompts that differ alike in all methods widen nothing: the draw is paired
 
@@ -349,7 +360,51 @@ def test_intervals_know_rows_and_seeds() -> None:
     _, (low, high), _ = shares.share(control, lora, losses([1.2, 1.5, 1.8]))
     assert high - low > 0.3
     value, _, seeds = shares.share(control, lora, losses([1.5, 1.5, 1.5]).only((1,)))
-    assert (value, seeds) == (pytest.approx(0.5), 1)
+    assert (value, seeds) == (pytest.approx(0.5), (1,))
+
+
+def test_runs_that_were_judged_unlike_are_not_compared() -> None:
+    alike = [outcome(), outcome(method="lora", products="fp32")]
+    shares.refuse_unlike("e2e", alike)
+    for other in ({"tokens": [3] * 8}, {"groups": [8]}, {"products": "bf16"}):
+        with pytest.raises(ValueError, match="e2e: lora of seed 0, paper of seed 0 were judged by other rows"):
+            shares.refuse_unlike("e2e", [*alike, outcome(method="paper", **other)])
+
+
+def test_one_seed_is_compared_with_the_same_seed(tmp_path: Path, base: Base) -> None:
+    """The control and LoRA have another seed, far off: it touches neither the share nor the plain improvement of a row without it."""
+    store, steps, rate = runs.Store(tmp_path / "runs.jsonl"), study.STEPS["e2e"], sweep.GRID[5]
+    store.add(outcome(method="base", rate=0.0, steps=0, rows=[6.0] * 8))
+    for name, mean in (("control", 2.0), ("lora", 1.0), ("entry-2048", 1.25)):
+        rows = [2 * mean + at / 10 for at in range(8)]
+        for each, loss in ((sweep.GRID[4], 2.0), (rate, 1.0), (sweep.GRID[6], 2.0)):
+            store.add(outcome(method=name, rate=each, steps=steps, rows=rows, validation_nll=loss, parameters=7))
+        if name != "entry-2048":
+            store.add(outcome(method=name, rate=rate, seed=1, steps=steps, rows=[each + 3 for each in rows], parameters=7))
+    shape = replace(base.shape, layers=30, windows=(0,) * 30)
+    found = shares.figures(store, 30, shape, 1.0)["e2e"]["methods"]["entry-2048"]
+    assert (found["share"], found["share_seeds"]) == (pytest.approx(0.75), 1)
+    assert found["plain_improvement"] == pytest.approx((3.0 - 1.25 - 0.175) / (3.0 - 1.0 - 0.175))
+
+
+def test_the_committed_figures_are_those_of_the_committed_runs(base: Base) -> None:
+    written = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
+    shape = replace(base.shape, layers=30, windows=(0,) * 30)
+    found = json.loads(json.dumps(shares.figures(runs.Store(study.RUNS), 30, shape, 1.0)))
+    assert set(found) & set(tasks.NAMES) == set(tasks.NAMES)
+    for part in (*tasks.NAMES, "tried", "general_text"):
+        (one, numbers), (other, expected) = flat(found[part]), flat(written[part])
+        assert one == other
+        assert numbers == pytest.approx(expected, rel=1e-6)
+
+
+def flat(value: Any, path: str = "") -> tuple[list[str], list[float]]:
+    """(the places and words, the numbers) of a JSON value, in order."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = [flat(each, f"{path}/{key}") for key, each in items]
+        return [word for words, _ in parts for word in words], [number for _, numbers in parts for number in numbers]
+    return ([path], [float(value)]) if isinstance(value, int | float) else ([f"{path} {value}"], [])
 
 
 def test_rows_of_a_prompt_are_drawn_together() -> None:
@@ -399,7 +454,7 @@ def test_figures_and_plots_of_a_study(base: Base, tmp_path: Path, monkeypatch: p
     pages = tables.markdown(found)
     assert (
         pages.count(
-            "`entry`: entry plan, 4 front layers, all seven targets: one round trip | 110.0 % [110.0 %, 110.0 %] | 110.0 %, 110.0 %, 110.0 %"
+            "`entry`: entry plan, 4 front layers, all seven targets: one round trip | 7 | 0.01 | 110.0 % [110.0 %, 110.0 %] | 110.0 %, 110.0 %, 110.0 %"
         )
         == 3
     )

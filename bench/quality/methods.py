@@ -122,6 +122,7 @@ METHODS = {
         _under("paper", "the paper's plan and random basis: q, k, v, one exchange a layer", _paper, "random", 1e-2),
         _under("grouped", "grouped plan, one exchange for six layers, all seven targets", _grouped),
         _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry(), guess=1e-2),
+        _under("entry-qkv", "entry plan, 4 front layers, LoRA's own targets: q, k, v", _entry(targets=QKV), guess=1e-2),
         _shared(2048),
         _shared(512),
         _features(64),

@@ -10,6 +10,7 @@ seeds are few for that: their part comes out too narrow, so each seed's share is
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,15 @@ def _by_prompt(outcome: dict[str, Any], values: list[float]) -> list[float]:
     return [float(sum(values[end - size : end])) for size, end in zip(sizes, ends, strict=True)]
 
 
-def share(control: Losses, lora: Losses, x: Losses, draws: int = DRAWS) -> tuple[float, tuple[float, float], int]:
+def refuse_unlike(task: str, outcomes: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless all were judged by the same rows with products alike: losses are compared row by row."""
+    kinds = {json.dumps([each["tokens"], each["groups"], each.get("products", "fp32")]): each for each in outcomes}
+    if len(kinds) > 1:
+        names = ", ".join(f"{each['method']} of seed {each['seed']}" for each in kinds.values())
+        raise ValueError(f"{task}: {names} were judged by other rows, or in another precision, than each other; run them again")
+
+
+def share(control: Losses, lora: Losses, x: Losses, draws: int = DRAWS) -> tuple[float, tuple[float, float], tuple[int, ...]]:
     """(share, its 95 % interval, seeds), over the seeds that all three have."""
     seeds = tuple(seed for seed in x.seeds if seed in control.seeds and seed in lora.seeds)
     control, lora, x = control.only(seeds), lora.only(seeds), x.only(seeds)
@@ -84,7 +93,7 @@ def share(control: Losses, lora: Losses, x: Losses, draws: int = DRAWS) -> tuple
     picks = random.integers(0, len(seeds), (draws, len(seeds)))
     c, reference, own = (each.drawn(drawn, picks) for each in (control, lora, x))
     low, high = np.percentile((c - own) / (c - reference), [2.5, 97.5])
-    return (control.mean - x.mean) / (control.mean - lora.mean), (float(low), float(high)), len(seeds)
+    return (control.mean - x.mean) / (control.mean - lora.mean), (float(low), float(high)), seeds
 
 
 def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dict[str, Any]:
@@ -97,10 +106,11 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
         losses = {name: Losses.of(outcomes) for name, outcomes in results.items()}
         if not {CONTROL, REFERENCE, "base"} <= set(losses):
             continue
+        refuse_unlike(task, [each for outcomes in results.values() for each in outcomes])
         base, control, lora = (losses[name] for name in ("base", CONTROL, REFERENCE))
         of_task: dict[str, Any] = {
             "rows": len(results["base"][0]["rows"]),
-            "prompts": base.sums.shape[1],
+            "drawn_groups": base.sums.shape[1],
             "steps": steps[task],
             "base_nll": base.mean,
             "control_nll": control.mean,
@@ -111,17 +121,12 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
             outcomes = results[name]
             shown: dict[str, Any] = {"nll": own.mean, "seeds": len(own.seeds)}
             if name != "base":
-                value, interval, seeds = share(control, lora, own)
-                if seeds > 1:
-                    alone = [
-                        share(control, lora, own.only((seed,)), draws=1)[0]
-                        for seed in own.seeds
-                        if seed in control.seeds and seed in lora.seeds
-                    ]
-                    shown["share_by_seed"] = alone
-                shown |= {"share": value, "interval": interval, "share_seeds": seeds, "rate": outcomes[0]["rate"]}
-                shown["plain_improvement"] = (base.mean - own.mean) / (base.mean - lora.mean)
+                value, interval, common = share(control, lora, own)
+                shown["share_by_seed"] = [share(control, lora, own.only((seed,)), draws=1)[0] for seed in common]
+                shown |= {"share": value, "interval": interval, "share_seeds": len(common), "rate": outcomes[0]["rate"]}
+                shown["plain_improvement"] = (base.mean - own.only(common).mean) / (base.mean - lora.only(common).mean)
                 shown["diverged_seeds"] = store.diverged(task, name, outcomes[0]["rate"], steps[task])
+                shown["at_grid_edge"] = store.search(task, METHODS[name], steps[task]).at_edge
                 shown["parameters"] = outcomes[0]["parameters"]
                 of_task |= {f"{name}_share": value, f"{name}_share_interval": interval} if name not in (CONTROL, REFERENCE) else {}
             for measure in ("bleu", "slot_recall", "exact_match", "recall"):

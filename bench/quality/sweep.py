@@ -37,6 +37,11 @@ class Search:
         return cls(None, best, tried)
 
     @property
+    def at_edge(self) -> bool:
+        """The grid ends at the best: a better rate may lie beyond."""
+        return self.best in (GRID[0], GRID[-1])
+
+    @property
     def best_loss(self) -> float:
         """What a try has to beat."""
         return math.inf if self.best is None else self.tried[self.best]

@@ -10,7 +10,7 @@ from .study import TASKS
 
 MEASURES = {
     "recall": ("recall", 100, "{:.0f} %"),
-    "other_nll": ("general text, nats", 1, "{:.2f}"),
+    "other_nll": ("other text, nats", 1, "{:.2f}"),
     "bleu": ("BLEU", 1, "{:.1f}"),
     "slot_recall": ("slots said", 100, "{:.0f} %"),
     "exact_match": ("exact match", 100, "{:.0f} %"),
@@ -29,8 +29,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _task(task: str, of_task: dict[str, Any], methods: dict[str, Any]) -> str:
     measures = [name for name in MEASURES if any(name in each for each in of_task["methods"].values())]
-    title = f"**{task}**: {of_task['rows']} held-out rows of {of_task['prompts']} prompts, {of_task['steps']} steps of tuning"
-    header = ["", "share beyond the control [95 %]", "by seed", "plain", "nats per token", *(MEASURES[name][0] for name in measures)]
+    title = f"**{task}**: {of_task['rows']} held-out rows, drawn in {of_task['drawn_groups']} groups; {of_task['steps']} steps of tuning"
+    header = ["", "trained parameters", "rate", "share beyond the control [95 %]", "by seed", "plain", "nats per token"]
+    header += [MEASURES[name][0] for name in measures]
     lines = []
     for name, each in sorted(of_task["methods"].items(), key=lambda item: item[1]["nll"]):
         words = methods[name]["words"] if name in methods else "the base, nothing tuned"
@@ -38,7 +39,9 @@ def _task(task: str, of_task: dict[str, Any], methods: dict[str, Any]) -> str:
         learned = name not in ("base", "control", "lora")
         lines.append(
             [
-                f"`{name}`: {words}",
+                f"`{name}`: {words}{_remark(each)}",
+                f"{each.get('parameters', 0):,}",
+                f"{each['rate']:.3g}" if "rate" in each else "",
                 f"{_percent(each['share'])} [{_percent(low)}, {_percent(high)}]" if learned else _fixed(name),
                 ", ".join(map(_percent, each.get("share_by_seed", ()))) if learned else "",
                 _percent(each["plain_improvement"]) if "plain_improvement" in each else _percent(0),
@@ -47,6 +50,11 @@ def _task(task: str, of_task: dict[str, Any], methods: dict[str, Any]) -> str:
             ]
         )
     return f"{title}\n\n{_table(header, lines)}"
+
+
+def _remark(each: dict[str, Any]) -> str:
+    diverged = f" ({each['diverged_seeds']} seeds diverged)" if each.get("diverged_seeds") else ""
+    return diverged + " (best at the grid's edge)" * each.get("at_grid_edge", False)
 
 
 def _fixed(name: str) -> str:
