@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import torch
 from bench.conditions import RESULTS
 from bench.quality import methods, plots, runs, score, shares, study, sweep, tables, tasks, train
 from plora.artifact.errors import DataError, UsageError
-from plora.artifact.plan import TARGETS
-from plora.artifact.plans import QKV, entry_plan
+from plora.artifact.plan import TARGETS, ExchangePlan
+from plora.artifact.plans import QKV, entry_plan, grouped_plan, paper_plan
 from plora.models.adapter import read_adapter
 from plora.models.checkpoint import Base, read_base, read_tokenizer
 from plora.models.control import StaticBias
@@ -135,6 +136,22 @@ def test_training_is_that_of_plora_tune(folder: Path, base: Base, tmp_path: Path
     assert float(torch.nn.functional.cosine_similarity(together, near, dim=0)) > 0.9
 
 
+def small(plan: ExchangePlan, basis_kind: str = "pca") -> Callable[[Base, int], Any]:
+    """A plan of the tiny base's size, attached as the study attaches its own."""
+    return lambda base, seed: methods.PlanCores(base, plan, basis_kind, seed)
+
+
+SMALL = {
+    "paper": small(paper_plan(3, 6), "random"),
+    "grouped": small(grouped_plan(3, 2, 6, TARGETS)),
+    "entry": small(entry_plan(3, 1, 6)),
+    "entry-qkv": small(entry_plan(3, 1, 6, QKV)),
+    "entry-2048": small(entry_plan(3, 1, 6, shared_injection=24)),
+    "entry-features-64": small(entry_plan(3, 1, 6, features=5)),
+}
+"""By the study's names: those whose plans want more layers than the tiny base has."""
+
+
 def test_every_method_reads_the_same_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[list[list[int]]] = []
 
@@ -144,27 +161,23 @@ def test_every_method_reads_the_same_rows(folder: Path, monkeypatch: pytest.Monk
             told(step + 1, 1.0)
 
     monkeypatch.setattr(train, "short_tune", watched)
+    for name, attach in SMALL.items():
+        monkeypatch.setitem(methods.METHODS, name, replace(methods.METHODS[name], attach=attach))
     bench = runs.Bench(str(folder / "base"), data=folder, sizes=SIZES)
-    for method, rate, seed in (("control", 1e-2, 0), ("lora", 1e-3, 0), ("lora-all", 1e-3, 1)):
+    for method, rate, seed in (("control", 1e-2, 0), ("lora", 1e-3, 0), *((name, 1e-2, 0) for name in SMALL), ("lora-all", 1e-3, 1)):
         runs.perform(bench, runs.Run("gsm8k", method, rate, seed, 6), print)
-    one, again, other = read
-    assert one == again
-    assert one != other
+    one, *others, other_seed = read
+    assert all(each == one for each in others)
+    assert one != other_seed
     assert len(one) >= 6
 
 
-@pytest.mark.parametrize("name", ["control", "lora", "lora-all", "entry"])
+@pytest.mark.parametrize("name", ["control", "lora", "lora-all", "bias-all", *SMALL])
 def test_a_method_starts_as_the_base_and_leaves_it_as_it_was(name: str, base: Base) -> None:
     ids = torch.tensor([[5, 9, 11, 3, 8, 2]])
     with torch.no_grad():
         before = base.model(ids).logits
-    attach = {
-        "control": lambda: StaticBias(base.model, QKV),
-        "lora": lambda: methods.PeftLora(base.model, QKV),
-        "lora-all": lambda: methods.PeftLora(base.model, TARGETS),
-        "entry": lambda: methods.PlanCores(base, entry_plan(base.shape.layers, 1, 6), "pca", 0),
-    }[name]
-    attached: Any = attach()
+    attached: Any = SMALL.get(name, methods.METHODS[name].attach)(base, 0)
     assert torch.allclose(base.model(ids).logits.detach(), before, atol=1e-5)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
