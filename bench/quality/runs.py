@@ -70,19 +70,19 @@ def perform(bench: Bench, run: Run, tell: Callable[[str], None], beat: float = m
     base, _ = _opened(bench)
     torch.manual_seed(run.seed)
     began = time.monotonic()
-    outcome: dict[str, Any] = {"base": display_name(bench.base), **asdict(run)}
+    products = PRODUCTS[run.task]
+    outcome: dict[str, Any] = {"base": display_name(bench.base), **asdict(run), "products": products}
     if run.method == "base":
         base.model.to(bench.device)
-        outcome |= {"products": PRODUCTS[run.task], **_judged(bench, run, beat)}
+        outcome |= _judged(bench, run, beat)
     else:
         attached = METHODS[run.method].attach(base, run.seed)
         try:
             base.model.to(bench.device)
             attached.to(bench.device)
             outcome["parameters"] = sum(each.numel() for each in attached.parameters() if each.requires_grad)
-            outcome["products"] = PRODUCTS[run.task]
             steps = batches(_task(bench, run.task), run.steps, run.seed)
-            outcome["train_loss"] = train(base.model, attached, base.shape.windows, steps, run.rate, PRODUCTS[run.task], tell)
+            outcome["train_loss"] = train(base.model, attached, base.shape.windows, steps, run.rate, products, tell)
             outcome |= _judged(bench, run, beat)
         finally:
             attached.remove()
