@@ -431,7 +431,7 @@ def test_rows_of_a_prompt_are_drawn_together() -> None:
 def test_figures_and_plots_of_a_study(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every method ends at the loss that is planted; the shares, their names and the plots' files follow from it."""
     store = runs.Store(tmp_path / "runs.jsonl")
-    planted = {"base": 3.0, "control": 2.0, "lora": 1.0, "entry": 0.9, "grouped": 1.25, "paper": 1.5}
+    planted = {"base": 3.0, "control": 2.0, "lora": 1.0, "entry": 0.9, "grouped": 1.25, "paper": 1.5, "bias-all": 1.4, "lora-all": 0.9}
     for task, steps in study.STEPS.items():
         for name in study.ROWS[task]:
             for rate in sweep.GRID[3:8]:
@@ -447,6 +447,7 @@ def test_figures_and_plots_of_a_study(base: Base, tmp_path: Path, monkeypatch: p
     for task in tasks.NAMES:
         own = found[task]
         assert (own["entry_share"], own["grouped_share"], own["paper_share"]) == tuple(pytest.approx(each) for each in (1.1, 0.75, 0.5))
+        assert own["methods"]["grouped"]["share_of_seven"] == pytest.approx(0.3)
         assert own["entry_share_interval"] == pytest.approx((1.1, 1.1))
         assert (own["base_nll"], own["control_nll"], own["lora_nll"], own["rows"]) == (3.0, 2.0, 1.0, 8)
         assert own["methods"]["entry"]["plain_improvement"] == pytest.approx(1.05)

@@ -2,6 +2,8 @@
 
 share of x = (control - x) / (control - LoRA)        held-out nats per response token; LoRA: r = 16 on q, k, v
 
+share of seven: the same between biases and LoRA on all seven projections, for plans that have as many targets.
+
 What the static-bias control reaches is the format of the answers; the share says how much of LoRA's learning beyond it a plan keeps.
 Intervals: 95 %, percentile bootstrap over held-out prompts (with all their rows) and over seeds, the same draw for every method. Three
 seeds are few for that: their part comes out too narrow, so each seed's share is given, too.
@@ -27,7 +29,7 @@ from plora.planner.machine import layer_values
 from ..conditions import write_results
 from .methods import METHODS, Method
 from .runs import Store
-from .study import ROWS, RUNS, STEPS
+from .study import ROWS, RUNS, SEVEN, STEPS
 from .tasks import NAMES
 
 DRAWS = 4000
@@ -126,6 +128,8 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
                 shown |= {"share": value, "interval": interval, "share_seeds": len(common), "rate": outcomes[0]["rate"]}
                 shown["plain_improvement"] = (base.mean - own.only(common).mean) / (base.mean - lora.only(common).mean)
                 shown["diverged_seeds"] = store.diverged(task, name, outcomes[0]["rate"], steps[task])
+                if name not in SEVEN and set(SEVEN) <= set(losses):
+                    shown["share_of_seven"], shown["share_of_seven_interval"], _ = share(losses["bias-all"], losses["lora-all"], own)
                 shown["at_grid_edge"] = store.search(task, METHODS[name], steps[task]).at_edge
                 shown["parameters"] = outcomes[0]["parameters"]
                 of_task |= {f"{name}_share": value, f"{name}_share_interval": interval} if name not in (CONTROL, REFERENCE) else {}

@@ -30,7 +30,16 @@ def markdown(found: dict[str, Any]) -> str:
 def _task(task: str, of_task: dict[str, Any], methods: dict[str, Any]) -> str:
     measures = [name for name in MEASURES if any(name in each for each in of_task["methods"].values())]
     title = f"**{task}**: {of_task['rows']} held-out rows, drawn in {of_task['drawn_groups']} groups; {of_task['steps']} steps of tuning"
-    header = ["", "trained parameters", "rate", "share beyond the control [95 %]", "by seed", "plain", "nats per token"]
+    header = [
+        "",
+        "trained parameters",
+        "rate",
+        "share beyond the control [95 %]",
+        "by seed",
+        "share of seven [95 %]",
+        "plain",
+        "nats per token",
+    ]
     header += [MEASURES[name][0] for name in measures]
     lines = []
     for name, each in sorted(of_task["methods"].items(), key=lambda item: item[1]["nll"]):
@@ -44,12 +53,19 @@ def _task(task: str, of_task: dict[str, Any], methods: dict[str, Any]) -> str:
                 f"{each['rate']:.3g}" if "rate" in each else "",
                 f"{_percent(each['share'])} [{_percent(low)}, {_percent(high)}]" if learned else _fixed(name),
                 ", ".join(map(_percent, each.get("share_by_seed", ()))) if learned else "",
+                _of_seven(each),
                 _percent(each["plain_improvement"]) if "plain_improvement" in each else _percent(0),
                 f"{each['nll']:.3f}",
                 *(MEASURES[key][2].format(MEASURES[key][1] * each[key]) if key in each else "" for key in measures),
             ]
         )
     return f"{title}\n\n{_table(header, lines)}"
+
+
+def _of_seven(each: dict[str, Any]) -> str:
+    if "share_of_seven" not in each:
+        return ""
+    return f"{_percent(each['share_of_seven'])} [{', '.join(map(_percent, each['share_of_seven_interval']))}]"
 
 
 def _remark(each: dict[str, Any]) -> str:
