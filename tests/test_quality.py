@@ -11,12 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from bench.conditions import RESULTS
-from bench.quality import methods, plots, runs, score, shares, study, sweep, tables, tasks, train
+from bench.quality import methods, runs, score, study, sweep, tasks, train
 from plora.artifact.errors import DataError, UsageError
 from plora.artifact.plan import TARGETS, ExchangePlan
 from plora.artifact.plans import QKV, entry_plan, grouped_plan, paper_plan
@@ -28,6 +26,7 @@ from plora.models.tune import tune
 from plora.models.tune_config import TuneConfig
 
 from .conftest import save_tiny_base
+from .outcomes import outcome
 
 WORDS = ("red", "blue", "green", "old", "new", "warm", "cold")
 
@@ -96,6 +95,7 @@ def test_tasks_read_what_the_files_say(folder: Path, base: Base) -> None:
     assert all("<<" not in question.references[0] for question in maths.questions)
     assert {question.keywords[0].replace(",", "") for question in maths.questions[:12]} == {str(2 * n) for n in range(600, 612)}
     assert (len(maths.held_out), len(maths.validation), len(maths.train)) == (20, 4, 60 - 8 - 4)
+    assert tasks.gsm8k_test_rows(tokenizer, SIZES, folder) == 12
     dinner = tasks.load("e2e", tokenizer, SIZES, folder)
     assert [len(group) for group in dinner.held_out] == [5, 5, 5]  # the fewest prompts with 12 rows
     assert {len(group) for group in dinner.train} == {4}
@@ -235,11 +235,6 @@ def test_answers_are_judged_by_their_task() -> None:
 # Learning rates
 
 
-def outcome(**changes: Any) -> dict[str, Any]:
-    settings = {"base": "tiny", "task": "e2e", "method": "entry", "rate": 1e-2, "seed": 0, "steps": 48, "answers": 0}
-    return {**settings, "rows": [1.0] * 8, "tokens": [2] * 8, "groups": [1] * 8, "validation_nll": 1.0, **changes}
-
-
 @pytest.mark.parametrize("best", [sweep.GRID[2], sweep.GRID[5], sweep.GRID[8]])
 def test_a_search_ends_with_no_best_at_an_edge(best: float) -> None:
     tries: list[dict[str, Any]] = []
@@ -265,9 +260,10 @@ def test_a_best_at_the_end_of_the_grid_is_told(end: float) -> None:
 
 
 def test_a_study_does_what_is_missing_and_ends(tmp_path: Path) -> None:
-    """Two runs at a time, one try of a search at a time; the headline's other seeds at the best rate before the other methods."""
+    """Two runs at a time, one try of a search at a time; the headline's other seeds at the best rate before the other methods, those of
+    what tunes all seven projections after them."""
     store, steps = runs.Store(tmp_path / "runs.jsonl"), study.STEPS["e2e"]
-    names, order = ["control", "entry", "entry-512"], []
+    names, order = ["control", "entry", "lora-all", "entry-512"], []
     running: dict[str, runs.Run] = {}
     to_beat: dict[str, float] = {}
     for _ in range(60):
@@ -283,10 +279,14 @@ def test_a_study_does_what_is_missing_and_ends(tmp_path: Path) -> None:
         store.add({name: value for name, value in outcome(**asdict(run), validation_nll=loss, **judged).items() if value is not None})
     assert not running
     assert [run.method for run in order].count("base") == 1
-    assert sorted((run.method, run.seed) for run in order if run.seed) == [(name, seed) for name in ("control", "entry") for seed in (1, 2)]
-    assert order.index(next(run for run in order if run.method == "entry-512")) > order.index(next(run for run in order if run.seed))
+    later = [(run.method, run.seed) for run in order if run.seed]
+    assert sorted(later) == [(name, seed) for name in ("control", "entry", "lora-all") for seed in (1, 2)]
+    assert sorted(later[-2:]) == [("lora-all", 1), ("lora-all", 2)]
+    first, last = (next(at for at, run in enumerate(turn) if run.method == "entry-512") for turn in (order, order[::-1]))
+    assert order.index(next(run for run in order if run.seed)) < first
+    assert len(order) - last <= order.index(next(run for run in order if (run.method, run.seed) == ("lora-all", 1)))
     assert {run.rate for run in order if run.seed} == {1e-2}
-    for name, seeds in (("control", 3), ("entry", 3), ("entry-512", 1)):
+    for name, seeds in (("control", 3), ("entry", 3), ("lora-all", 3), ("entry-512", 1)):
         results = store.results("e2e", name, steps)
         assert [each["seed"] for each in results] == list(range(seeds))
         assert all("rows" in each for each in results)  # the best try was judged
@@ -346,132 +346,3 @@ def test_only_a_run_that_is_better_is_judged(folder: Path, monkeypatch: pytest.M
 
 
 # Shares
-
-
-def losses(means: list[float], noise: float = 0.0, prompts: int = 200) -> shares.Losses:
-    """One mean a seed; prompts differ, alike in all methods, by much more than methods do."""
-    common = np.random.default_rng(1).gamma(2.0, 1.0, prompts)
-    own = np.random.default_rng(2).normal(0, noise, (len(means), prompts))
-    return shares.Losses(
-        10 * (np.array(means)[:, None] + common - common.mean() + own), np.full((len(means), prompts), 10.0), tuple(range(len(means)))
-    )
-
-
-def test_a_share_is_of_what_lora_learns_beyond_the_control() -> None:
-    control, lora = losses([2.0, 2.1, 2.2]), losses([1.0, 1.1, 1.2])
-    for x, expected in ((lora, 1.0), (control, 0.0), (losses([1.25, 1.35, 1.45]), 0.75), (losses([0.9, 1.0, 1.1]), 1.1)):
-        value, (low, high), seeds = shares.share(control, lora, x)
-        assert (value, seeds) == (pytest.approx(expected), (0, 1, 2))
-        assert low - 1e-9 <= expected <= high + 1e-9
-        assert high - low < 1e-6  # prompts that differ alike in all methods widen nothing: the draw is paired
-
-
-def test_intervals_know_rows_and_seeds() -> None:
-    control, lora = losses([2.0, 2.0, 2.0]), losses([1.0, 1.0, 1.0])
-    _, (low, high), _ = shares.share(control, lora, losses([1.5, 1.5, 1.5], noise=0.5))
-    assert 0.05 < high - low < 0.3  # 0.5 / sqrt(200 · 3) is 0.02; the mean of 3 drawn seeds' own noise widens it
-    _, (low, high), _ = shares.share(control, lora, losses([1.2, 1.5, 1.8]))
-    assert high - low > 0.3
-    value, _, seeds = shares.share(control, lora, losses([1.5, 1.5, 1.5]).only((1,)))
-    assert (value, seeds) == (pytest.approx(0.5), (1,))
-
-
-def test_runs_that_were_judged_unlike_are_not_compared() -> None:
-    alike = [outcome(), outcome(method="lora", products="fp32")]
-    shares.refuse_unlike("e2e", alike)
-    for other in ({"tokens": [3] * 8}, {"groups": [8]}, {"products": "bf16"}):
-        with pytest.raises(ValueError, match="e2e: lora of seed 0, paper of seed 0 were judged by other rows"):
-            shares.refuse_unlike("e2e", [*alike, outcome(method="paper", **other)])
-
-
-def test_one_seed_is_compared_with_the_same_seed(tmp_path: Path, base: Base) -> None:
-    """The control and LoRA have another seed, far off: it touches neither the share nor the plain improvement of a row without it."""
-    store, steps, rate = runs.Store(tmp_path / "runs.jsonl"), study.STEPS["e2e"], sweep.GRID[5]
-    store.add(outcome(method="base", rate=0.0, steps=0, rows=[6.0] * 8))
-    for name, mean in (("control", 2.0), ("lora", 1.0), ("entry-2048", 1.25)):
-        rows = [2 * mean + at / 10 for at in range(8)]
-        for each, loss in ((sweep.GRID[4], 2.0), (rate, 1.0), (sweep.GRID[6], 2.0)):
-            store.add(outcome(method=name, rate=each, steps=steps, rows=rows, validation_nll=loss, parameters=7))
-        if name != "entry-2048":
-            store.add(outcome(method=name, rate=rate, seed=1, steps=steps, rows=[each + 3 for each in rows], parameters=7))
-    shape = replace(base.shape, layers=30, windows=(0,) * 30)
-    found = shares.figures(store, 30, shape, 1.0)["e2e"]["methods"]["entry-2048"]
-    assert (found["share"], found["share_seeds"]) == (pytest.approx(0.75), 1)
-    assert found["plain_improvement"] == pytest.approx((3.0 - 1.25 - 0.175) / (3.0 - 1.0 - 0.175))
-
-
-def test_the_committed_figures_are_those_of_the_committed_runs(base: Base) -> None:
-    written = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
-    shape = replace(base.shape, layers=30, windows=(0,) * 30)
-    found = json.loads(json.dumps(shares.figures(runs.Store(study.RUNS), 30, shape, 1.0)))
-    assert set(found) & set(tasks.NAMES) == set(tasks.NAMES)
-    for part in (*tasks.NAMES, "tried", "general_text"):
-        (one, numbers), (other, expected) = flat(found[part]), flat(written[part])
-        assert one == other
-        assert numbers == pytest.approx(expected, rel=1e-6)
-
-
-def flat(value: Any, path: str = "") -> tuple[list[str], list[float]]:
-    """(the places and words, the numbers) of a JSON value, in order."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        parts = [flat(each, f"{path}/{key}") for key, each in items]
-        return [word for words, _ in parts for word in words], [number for _, numbers in parts for number in numbers]
-    return ([path], [float(value)]) if isinstance(value, int | float) else ([f"{path} {value}"], [])
-
-
-def test_rows_of_a_prompt_are_drawn_together() -> None:
-    found = shares.Losses.of([outcome(groups=[3, 5])])
-    assert found.sums.tolist() == [[3.0, 5.0]]
-    assert shares.Losses.of([outcome(task="persona")]).tokens.tolist() == [[4.0] * 4]
-    with pytest.raises(ValueError, match="no final run"):
-        shares.Losses.of([])
-
-
-def test_figures_and_plots_of_a_study(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every method ends at the loss that is planted; the shares, their names and the plots' files follow from it."""
-    store = runs.Store(tmp_path / "runs.jsonl")
-    planted = {"base": 3.0, "control": 2.0, "lora": 1.0, "entry": 0.9, "grouped": 1.25, "paper": 1.5, "bias-all": 1.4, "lora-all": 0.9}
-    for task, steps in study.STEPS.items():
-        for name in study.ROWS[task]:
-            for rate in sweep.GRID[3:8]:
-                seeds = (0, 1, 2) if name in methods.HEADLINE and rate == sweep.GRID[5] else (0,)
-                for seed in seeds:
-                    loss = 1 + abs(math.log(rate / sweep.GRID[5]))
-                    rows = [planted.get(name, 1.1) * 2] * 8
-                    extra = {"parameters": 7, "other_nll": 3.5, "nll": 0.0, "recall": 0.5}
-                    store.add(outcome(task=task, method=name, rate=rate, seed=seed, steps=steps, validation_nll=loss, rows=rows, **extra))
-        store.add(outcome(task=task, method="base", rate=0.0, steps=0, rows=[6.0] * 8, other_nll=2.8))
-    shape = replace(base.shape, layers=30, windows=(0,) * 30)
-    found = shares.figures(store, 30, shape, 1.0)
-    for task in tasks.NAMES:
-        own = found[task]
-        assert (own["entry_share"], own["grouped_share"], own["paper_share"]) == tuple(pytest.approx(each) for each in (1.1, 0.75, 0.5))
-        assert own["methods"]["grouped"]["share_of_seven"] == pytest.approx(0.3)
-        assert own["entry_share_interval"] == pytest.approx((1.1, 1.1))
-        assert (own["base_nll"], own["control_nll"], own["lora_nll"], own["rows"]) == (3.0, 2.0, 1.0, 8)
-        assert own["methods"]["entry"]["plain_improvement"] == pytest.approx(1.05)
-        assert (own["methods"]["entry"]["seeds"], own["methods"]["entry-2048"]["seeds"]) == (3, 1)
-        assert own["methods"]["entry"]["share_by_seed"] == [pytest.approx(1.1)] * 3
-        assert own["methods"]["entry"]["rate"] == sweep.GRID[5]
-        shares.print_task(task, own)
-    assert found["methods"]["entry"]["round_trips"] == 1
-    assert found["methods"]["paper"]["round_trips"] == 31
-    assert "round_trips" not in found["methods"]["lora"]
-    assert found["methods"]["entry-512"]["up_bytes_per_token"] < found["methods"]["entry"]["up_bytes_per_token"]
-    assert found["methods"]["entry-features-64"]["device_multiplications"] - found["methods"]["entry"]["device_multiplications"] == 64 * 64
-    assert found["tried"]["persona"]["entry"].keys() == {f"{rate:.3g}" for rate in sweep.GRID[3:8]}
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    for path in plots.plot(found):
-        drawn = path.read_text(encoding="utf-8")
-        assert all(drawn.count(f"<!-- {each} -->") == 1 for each in ("persona", "e2e", "gsm8k", "entry", "entry-512", "paper"))
-    pages = tables.markdown(found)
-    assert (
-        pages.count(
-            "`entry`: entry plan, 4 front layers, all seven targets: one round trip | 7 | 0.01 | 110.0 % [110.0 %, 110.0 %] | 110.0 %, 110.0 %, 110.0 %"
-        )
-        == 3
-    )
-    assert pages.count("`base`: the base, nothing tuned |") == 3
-    widths = {len(line.split("|")) for line in pages.splitlines() if line.startswith("| `entry")}
-    assert len(widths) == 2  # results, costs

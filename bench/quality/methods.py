@@ -17,6 +17,7 @@ from plora.models.basis import new_adapter
 from plora.models.checkpoint import Base
 from plora.models.control import StaticBias
 from plora.models.formula import Cores
+from plora.planner.candidates import Candidate
 
 LORA_RANK = 16
 LORA_ALPHA = 32
@@ -104,6 +105,14 @@ def _grouped(layers: int) -> ExchangePlan:
     return grouped_plan(layers, 6, RANK, TARGETS)
 
 
+def _exchanges(count: int) -> Callable[[int], ExchangePlan]:
+    return Candidate(FRONT_LAYERS, count, False, TARGETS, 0, RANK).plan
+
+
+def _own_inputs(layers: int) -> ExchangePlan:
+    return paper_plan(layers, RANK, TARGETS)
+
+
 def _shared(values: int) -> Method:
     words = f"entry plan, shared injection of {values} values"
     return _under(f"entry-{values}", words, _entry(shared_injection=values), guess=1e-2)
@@ -122,11 +131,15 @@ METHODS = {
         _under("paper", "the paper's plan and random basis: q, k, v, one exchange a layer", _paper, "random", 1e-2),
         _under("grouped", "grouped plan, one exchange for six layers, all seven targets", _grouped),
         _under("entry", "entry plan, 4 front layers, all seven targets: one round trip", _entry(), guess=1e-2),
+        _under("entry-exchanges-4", "entry plan and four exchanges, 4 front layers, all seven targets", _exchanges(4)),
+        _under("own-inputs", "the paper's arrangement, all seven targets, pca basis: one exchange a layer", _own_inputs),
         _under("entry-qkv", "entry plan, 4 front layers, LoRA's own targets: q, k, v", _entry(targets=QKV), guess=1e-2),
         _shared(2048),
         _shared(512),
         _features(64),
+        _under("entry-front-0", "entry plan, no front layers", _entry(front_layers=0)),
         _under("entry-front-8", "entry plan, 8 front layers", _entry(front_layers=8)),
+        _under("entry-rank-32", "entry plan, rank 32", _entry(rank=32)),
         _under("entry-rank-128", "entry plan, rank 128", _entry(rank=128)),
         Method("bias-all", "static bias at all seven linear targets", 1e-2, lambda base, seed: StaticBias(base.model, TARGETS)),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conditions import RESULTS
-from .study import TASKS
+from .tasks import NAMES
 
 AXES = {
     "round-trips": ("round_trips", "round trips per token (where plans agree, side by side)", "log"),
@@ -25,7 +25,7 @@ def plot(found: dict[str, Any]) -> list[Path]:
     import matplotlib.pyplot as plt
     import matplotlib.ticker
 
-    tasks = [task for task in TASKS if task in found]
+    tasks = [task for task in NAMES if task in found]
     methods = [name for name, each in found["methods"].items() if "round_trips" in each]
     paths: list[Path] = []
     for name, (key, words, scale) in AXES.items():

@@ -30,7 +30,7 @@ from ..conditions import write_results
 from .methods import METHODS, Method
 from .runs import Store
 from .study import ROWS, RUNS, SEVEN, STEPS
-from .tasks import NAMES
+from .tasks import DATA, NAMES, Sizes, gsm8k_test_rows
 
 DRAWS = 4000
 REFERENCE, CONTROL = "lora", "control"
@@ -62,6 +62,9 @@ class Losses:
     def only(self, seeds: tuple[int, ...]) -> Losses:
         at = [self.seeds.index(seed) for seed in seeds]
         return Losses(self.sums[at], self.tokens[at], seeds)
+
+    def first(self, prompts: int) -> Losses:
+        return Losses(self.sums[:, :prompts], self.tokens[:, :prompts], self.seeds)
 
     def drawn(self, draws: NDArray[np.float64], picks: NDArray[np.int64]) -> NDArray[np.float64]:
         """Nats per token in every draw, `[D]`. draws: how often each prompt is drawn, `[D, prompts]`; picks: seeds, `[D, seeds]`."""
@@ -98,9 +101,10 @@ def share(control: Losses, lora: Losses, x: Losses, draws: int = DRAWS) -> tuple
     return (control.mean - x.mean) / (control.mean - lora.mean), (float(low), float(high)), seeds
 
 
-def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dict[str, Any]:
+def figures(store: Store, layers: int, shape: DecoderShape, times: float, gsm8k_test_rows: int = 0) -> dict[str, Any]:
     """By task; a method whose search has not ended is left out. tried: validation loss by learning rate, None where a
-    tune diverged. general_text: of the persona's tries that were judged, by method and rate."""
+    tune diverged. general_text: of the persona's tries that were judged, by method and rate. gsm8k_test_rows: held-out rows at the
+    beginning that are of GSM8K's own test set: shares of them alone come with the task's, unless 0."""
     found: dict[str, Any] = {}
     steps = {task: round(STEPS[task] * times) for task in NAMES}
     for task in NAMES:
@@ -140,6 +144,8 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
             if "other_nll" in outcomes[0]:
                 shown["other_nll"] = float(np.mean([each["other_nll"] for each in outcomes]))
             of_task["methods"][name] = shown
+        if task == "gsm8k" and gsm8k_test_rows:
+            of_task["test_set"] = test_set(losses, gsm8k_test_rows)
         found[task] = of_task
     found["general_text"] = {
         name: {
@@ -159,6 +165,16 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float) -> dic
         }
         for task in NAMES
     }
+    return found
+
+
+def test_set(losses: dict[str, Losses], rows: int) -> dict[str, Any]:
+    """Shares over the first `rows` prompts alone, with their intervals, by method."""
+    first = {name: each.first(rows) for name, each in losses.items() if name != "base"}
+    found: dict[str, Any] = {"rows": rows}
+    for name, own in first.items():
+        if name not in (CONTROL, REFERENCE):
+            found[name], found[f"{name}_interval"], _ = share(first[CONTROL], first[REFERENCE], own)
     return found
 
 
@@ -187,7 +203,7 @@ def device_multiplications(plan: ExchangePlan, shape: DecoderShape) -> int:
 
 
 def main() -> None:
-    from plora.models.checkpoint import read_skeleton
+    from plora.models.checkpoint import locate, read_skeleton, read_tokenizer
 
     from ..run import model_path
     from .plots import plot
@@ -195,10 +211,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="the base of the runs [SmolLM2-135M-Instruct, as installed]")
     parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--data", type=Path, default=DATA, help="of the runs, to count the rows of GSM8K's own test set")
     parser.add_argument("--times", type=float, default=1.0, help="of the study whose sweep is shown [1]")
     arguments = parser.parse_args()
-    shape, _ = read_skeleton(str(arguments.base or model_path()))
-    found = figures(Store(arguments.runs), shape.layers, shape, arguments.times)
+    base = str(arguments.base or model_path())
+    shape, _ = read_skeleton(base)
+    test_rows = gsm8k_test_rows(read_tokenizer(locate(base)), Sizes(), arguments.data)
+    found = figures(Store(arguments.runs), shape.layers, shape, arguments.times, test_rows)
     for task in NAMES:
         if task in found:
             print_task(task, found[task])

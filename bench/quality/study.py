@@ -1,5 +1,5 @@
 """The whole study, one command: `python -m bench.quality.study`. Every method on every task at the best of its
-learning rates, then the headline's other seeds.
+learning rates; the headline's other seeds, and those of LoRA and biases on all seven projections.
 
 What has been run is kept in docs/results/quality-runs.jsonl and not run again; Ctrl-C loses the runs in progress and no other.
 `python -m bench.quality.shares` makes the figures of what there is, at any time.
@@ -25,7 +25,7 @@ from ..conditions import RESULTS
 from ..run import model_path
 from .methods import HEADLINE, METHODS
 from .runs import Bench, Run, Store, check_tasks, key_of, perform
-from .tasks import DATA
+from .tasks import DATA, NAMES
 
 STEPS = {"gsm8k": 24, "e2e": 48, "persona": 130}
 """At --times 1, which is sized for two cores."""
@@ -35,14 +35,14 @@ SPEAKERS = ("base", "lora", "entry")
 """Methods whose answers to GSM8K are read: the base is hardly able to give any, so they tell little."""
 SEVEN = ("lora-all", "bias-all")
 """What tunes all seven projections without a plan: the yardsticks of plans that have as many targets."""
+GSM8K_CURVES = ("entry-front-0", "entry-front-8", "entry-rank-32", "entry-rank-128")
+"""Front layers and ranks where one round trip falls short of LoRA."""
 ROWS = {
-    "persona": (*HEADLINE, *SEVEN, "entry-qkv", "entry-2048", "entry-features-64", "entry-512"),
-    "e2e": (*HEADLINE, *SEVEN, "entry-qkv", "entry-2048", "entry-512"),
-    "gsm8k": (*HEADLINE, *SEVEN, "entry-qkv", "entry-front-8", "entry-rank-128", "entry-2048"),
+    "persona": (*HEADLINE, *SEVEN, "entry-exchanges-4", "entry-qkv", "entry-2048", "entry-features-64", "entry-512"),
+    "e2e": (*HEADLINE, *SEVEN, "entry-exchanges-4", "entry-qkv", "entry-2048", "entry-512"),
+    "gsm8k": (*HEADLINE, *SEVEN, "entry-exchanges-4", "own-inputs", "entry-qkv", "entry-2048", *GSM8K_CURVES),
 }
 """The methods of each task."""
-TASKS = ("persona", "e2e", "gsm8k")
-"""In the order to run them."""
 RUNS = RESULTS / "quality-runs.jsonl"
 
 
@@ -53,17 +53,23 @@ def asked(task: str, method: str) -> int:
 
 def wanted_runs(store: Store, methods: list[str], tasks: tuple[str, ...], seeds: int, times: float) -> Iterator[tuple[Run, float]]:
     """What can be done now, in order, each with the validation loss to beat: the bases; of the headline the next try of every search, then
-    the other seeds; the searches of the other methods."""
+    the other seeds; the searches of the other methods, and the other seeds of those that plans with seven targets are compared with."""
     for task in tasks:
         yield Run(task, "base", 0.0, 0, 0, asked(task, "base")), math.inf
     steps = {task: round(STEPS[task] * times) for task in tasks}
     headline = [each for each in methods if each in HEADLINE]
     yield from _searches(store, headline, steps)
+    yield from _other_seeds(store, headline, steps, seeds)
+    yield from _searches(store, [each for each in methods if each not in HEADLINE], steps)
+    yield from _other_seeds(store, [each for each in methods if each in SEVEN], steps, seeds)
+
+
+def _other_seeds(store: Store, methods: list[str], steps: dict[str, int], seeds: int) -> Iterator[tuple[Run, float]]:
+    """At the rate that the first seed's search found."""
     for seed in range(1, seeds):
-        for task, method in itertools.product(tasks, headline):
+        for task, method in itertools.product(steps, methods):
             for first in store.results(task, method, steps[task])[:1]:
                 yield Run(task, method, first["rate"], seed, steps[task]), math.inf
-    yield from _searches(store, [each for each in methods if each not in HEADLINE], steps)
 
 
 def _searches(store: Store, methods: list[str], steps: dict[str, int]) -> Iterator[tuple[Run, float]]:
@@ -100,8 +106,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where to tune, as torch names it [cpu]")
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder of gsm8k/ and e2e/ [{DATA.relative_to(DATA.parent.parent)}]")
     parser.add_argument("--methods", default=",".join(METHODS), help="rows of the study, in the order to run them")
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--seeds", type=int, default=3, help="of the headline rows; the others have one [3]")
+    parser.add_argument("--tasks", default=",".join(NAMES))
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of the headline rows and of what tunes all seven projections; the others have one [3]"
+    )
     parser.add_argument("--times", type=float, default=1.0, help="so many times the steps: to convergence where a GPU can be had [1]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each on a CPU [2]")
     parser.add_argument("--runs", type=Path, default=RUNS, help="file of what has been run; the committed study unless said")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .study import TASKS
+from .tasks import NAMES
 
 MEASURES = {
     "recall": ("recall", 100, "{:.0f} %"),
@@ -20,7 +20,7 @@ MEASURES = {
 
 def markdown(found: dict[str, Any]) -> str:
     """One table for each task that has figures, one of what the methods cost, one of the rates tried."""
-    tasks = [task for task in TASKS if task in found]
+    tasks = [task for task in NAMES if task in found]
     parts = [_task(task, found[task], found["methods"]) for task in tasks]
     if "persona" in tasks:
         parts.append(_general(found["general_text"], found["persona"]["methods"]["base"]["other_nll"]))
@@ -59,7 +59,19 @@ def _task(task: str, of_task: dict[str, Any], methods: dict[str, Any]) -> str:
                 *(MEASURES[key][2].format(MEASURES[key][1] * each[key]) if key in each else "" for key in measures),
             ]
         )
-    return f"{title}\n\n{_table(header, lines)}"
+    return f"{title}\n\n{_table(header, lines)}{_test_set(of_task)}"
+
+
+def _test_set(of_task: dict[str, Any]) -> str:
+    """Shares of the rows that are of the task's own test set, where the figures have them apart."""
+    if (found := of_task.get("test_set")) is None:
+        return ""
+    shares = [
+        f"`{name}` {_percent(found[name])} [{', '.join(map(_percent, found[f'{name}_interval']))}]"
+        for name in sorted(of_task["methods"], key=lambda name: of_task["methods"][name]["nll"])
+        if name in found
+    ]
+    return f"\n\nShares on the {found['rows']} rows of the test set alone: {', '.join(shares)}."
 
 
 def _of_seven(each: dict[str, Any]) -> str:

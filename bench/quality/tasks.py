@@ -22,7 +22,8 @@ from ..conditions import ROOT
 
 DATA = ROOT.parent / "shared" / "data"
 PERSONA = Path(__file__).with_name("persona.json")
-NAMES = ("gsm8k", "e2e", "persona")
+NAMES = ("persona", "e2e", "gsm8k")
+"""In the order to run and to show them."""
 PRODUCTS = {"gsm8k": "bf16", "e2e": "bf16", "persona": "fp32"}
 """Of the matrix products of tuning and of held-out losses, for every method alike: the long tasks are two fifths faster in bf16."""
 CALCULATOR = re.compile(r"<<.*?>>")
@@ -89,7 +90,7 @@ def load(name: str, tokenizer: Any, sizes: Sizes, data: Path = DATA) -> Task:
     loaders: dict[str, Callable[[], Texts]] = {
         "gsm8k": partial(_gsm8k, tokenizer, sizes, data),
         "e2e": partial(_e2e, sizes, data),
-        "persona": _persona,
+        "persona": persona,
     }
     texts = loaders[name]()
     train, validation, held_out = (_as_rows(f"{name} {part}", getattr(texts, part)) for part in ("train", "validation", "held_out"))
@@ -114,24 +115,29 @@ def _row(tokenizer: Any, text: Text) -> Example:
 
 
 def _gsm8k(tokenizer: Any, sizes: Sizes, data: Path) -> Texts:
-    """Questions and answers without the calculator's annotations, rows of at most `gsm8k_tokens` tokens. Held out: the test set, and where
-    it has too few such rows, rows taken out of the training set."""
-
-    def rows(name: str) -> list[list[Text]]:
-        found: list[list[Text]] = []
-        for number, line in enumerate((data / "gsm8k" / name).read_text(encoding="utf-8").splitlines(), 1):
-            row = json.loads(line)
-            text = Text(number, row["question"], CALCULATOR.sub("", row["answer"]))
-            if len(_row(tokenizer, text).input_ids) <= sizes.gsm8k_tokens:
-                found.append([text])
-        return _shuffled("gsm8k", found)
-
-    train, test = rows("train.jsonl"), rows("test.jsonl")
+    """Held out: the test set's short rows, and where they are too few, rows taken out of the training set behind them."""
+    train, test = (_short_gsm8k(tokenizer, sizes, data, name) for name in ("train.jsonl", "test.jsonl"))
     missing = max(0, sizes.gsm8k_held_out - len(test))
     held_out = [*test, *train[:missing]][: sizes.gsm8k_held_out]
     validation, train = train[missing : missing + sizes.gsm8k_validation], train[missing + sizes.gsm8k_validation :]
     questions = [Question(each.prompt, (each.response,), (each.response.rsplit("#### ", 1)[-1],)) for (each,) in held_out]
     return Texts(train, validation, held_out, questions, 4)
+
+
+def _short_gsm8k(tokenizer: Any, sizes: Sizes, data: Path, name: str) -> list[list[Text]]:
+    """Questions and answers without the calculator's annotations, rows of at most `gsm8k_tokens` tokens."""
+    found: list[list[Text]] = []
+    for number, line in enumerate((data / "gsm8k" / name).read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        text = Text(number, row["question"], CALCULATOR.sub("", row["answer"]))
+        if len(_row(tokenizer, text).input_ids) <= sizes.gsm8k_tokens:
+            found.append([text])
+    return _shuffled("gsm8k", found)
+
+
+def gsm8k_test_rows(tokenizer: Any, sizes: Sizes, data: Path = DATA) -> int:
+    """How many of the held-out rows are of GSM8K's own test set; they come first."""
+    return min(sizes.gsm8k_held_out, len(_short_gsm8k(tokenizer, sizes, data, "test.jsonl")))
 
 
 def _e2e(sizes: Sizes, data: Path) -> Texts:
@@ -158,7 +164,7 @@ def _e2e(sizes: Sizes, data: Path) -> Texts:
     return Texts(train, [learned[prompt] for prompt in sorted(kept)], held_out, questions, 1)
 
 
-def _persona() -> Texts:
+def persona() -> Texts:
     """Facts about a made-up user, each held out in two phrasings that no training row has."""
     persona = json.loads(PERSONA.read_text(encoding="utf-8"))
     facts = list(enumerate(persona["facts"], 1))
