@@ -12,6 +12,7 @@ import pytest
 
 from bench.conditions import RESULTS
 from bench.quality import foretold, methods, plots, runs, shares, study, sweep, tables, tasks
+from bench.quality.losses import Losses, refuse_unlike, share
 from plora.artifact.shape import DecoderShape, Rope
 from plora.planner.calibration import FORMAT, VERSION, Calibration, Loss, sizes
 from plora.planner.candidates import grid
@@ -23,11 +24,11 @@ SHAPE = DecoderShape(576, 30, 9, 3, 64, 1536, 49152, 8192, 1e-5, (0,) * 30, Rope
 """SmolLM2-135M's."""
 
 
-def losses(means: list[float], noise: float = 0.0, prompts: int = 200) -> shares.Losses:
+def losses(means: list[float], noise: float = 0.0, prompts: int = 200) -> Losses:
     """One mean a seed; prompts differ, alike in all methods, by much more than methods do."""
     common = np.random.default_rng(1).gamma(2.0, 1.0, prompts)
     own = np.random.default_rng(2).normal(0, noise, (len(means), prompts))
-    return shares.Losses(
+    return Losses(
         10 * (np.array(means)[:, None] + common - common.mean() + own), np.full((len(means), prompts), 10.0), tuple(range(len(means)))
     )
 
@@ -35,7 +36,7 @@ def losses(means: list[float], noise: float = 0.0, prompts: int = 200) -> shares
 def test_a_share_is_of_what_lora_learns_beyond_the_control() -> None:
     control, lora = losses([2.0, 2.1, 2.2]), losses([1.0, 1.1, 1.2])
     for x, expected in ((lora, 1.0), (control, 0.0), (losses([1.25, 1.35, 1.45]), 0.75), (losses([0.9, 1.0, 1.1]), 1.1)):
-        value, (low, high), seeds = shares.share(control, lora, x)
+        value, (low, high), seeds = share(control, lora, x)
         assert (value, seeds) == (pytest.approx(expected), (0, 1, 2))
         assert low - 1e-9 <= expected <= high + 1e-9
         assert high - low < 1e-6  # prompts that differ alike in all methods widen nothing: the draw is paired
@@ -43,20 +44,20 @@ def test_a_share_is_of_what_lora_learns_beyond_the_control() -> None:
 
 def test_intervals_know_rows_and_seeds() -> None:
     control, lora = losses([2.0, 2.0, 2.0]), losses([1.0, 1.0, 1.0])
-    _, (low, high), _ = shares.share(control, lora, losses([1.5, 1.5, 1.5], noise=0.5))
+    _, (low, high), _ = share(control, lora, losses([1.5, 1.5, 1.5], noise=0.5))
     assert 0.05 < high - low < 0.3  # 0.5 / sqrt(200 · 3) is 0.02; the mean of 3 drawn seeds' own noise widens it
-    _, (low, high), _ = shares.share(control, lora, losses([1.2, 1.5, 1.8]))
+    _, (low, high), _ = share(control, lora, losses([1.2, 1.5, 1.8]))
     assert high - low > 0.3
-    value, _, seeds = shares.share(control, lora, losses([1.5, 1.5, 1.5]).only((1,)))
+    value, _, seeds = share(control, lora, losses([1.5, 1.5, 1.5]).only((1,)))
     assert (value, seeds) == (pytest.approx(0.5), (1,))
 
 
 def test_runs_that_were_judged_unlike_are_not_compared() -> None:
     alike = [outcome(), outcome(method="lora", products="fp32")]
-    shares.refuse_unlike("e2e", alike)
+    refuse_unlike("e2e", alike)
     for other in ({"tokens": [3] * 8}, {"groups": [8]}, {"products": "bf16"}):
         with pytest.raises(ValueError, match="e2e: lora of seed 0, paper of seed 0 were judged by other rows"):
-            shares.refuse_unlike("e2e", [*alike, outcome(method="paper", **other)])
+            refuse_unlike("e2e", [*alike, outcome(method="paper", **other)])
 
 
 def test_one_seed_is_compared_with_the_same_seed(tmp_path: Path) -> None:
@@ -94,17 +95,17 @@ def flat(value: Any, path: str = "") -> tuple[list[str], list[float]]:
 
 
 def test_rows_of_a_prompt_are_drawn_together() -> None:
-    found = shares.Losses.of([outcome(groups=[3, 5])])
+    found = Losses.of([outcome(groups=[3, 5])])
     assert found.sums.tolist() == [[3.0, 5.0]]
-    assert shares.Losses.of([outcome(task="persona")]).tokens.tolist() == [[4.0] * 4]
+    assert Losses.of([outcome(task="persona")]).tokens.tolist() == [[4.0] * 4]
     with pytest.raises(ValueError, match="no final run"):
-        shares.Losses.of([])
+        Losses.of([])
 
 
 def test_shares_of_the_test_set_come_from_its_rows_alone() -> None:
     """Of six rows the first four are the test set's; the rest says the opposite."""
     by_name = {"base": [3.0] * 6, "control": [2.0] * 6, "lora": [1.0] * 6, "entry": [1.2] * 4 + [9.0] * 2}
-    losses = {name: shares.Losses.of([outcome(rows=rows, tokens=[1] * 6, groups=[1] * 6)]) for name, rows in by_name.items()}
+    losses = {name: Losses.of([outcome(rows=rows, tokens=[1] * 6, groups=[1] * 6)]) for name, rows in by_name.items()}
     found = shares.test_set(losses, 4)
     assert found.keys() == {"rows", "entry", "entry_interval"}
     assert (found["rows"], found["entry"]) == (4, pytest.approx(0.8))

@@ -24,9 +24,10 @@ from plora.planner.quality import Interpolation, skeleton
 
 from ..conditions import ROOT, write_results
 from ..run import model_path
+from .losses import Losses
 from .methods import METHODS, RANK
 from .runs import Store
-from .shares import CONTROL, Losses
+from .shares import CONTROL
 from .study import ROWS, RUNS, STEPS
 from .tasks import Text, persona
 

@@ -5,21 +5,16 @@ share of x = (control - x) / (control - LoRA)        held-out nats per response 
 share of seven: the same between biases and LoRA on all seven projections, for plans that have as many targets.
 
 What the static-bias control reaches is the format of the answers; the share says how much of LoRA's learning beyond it a plan keeps.
-Intervals: 95 %, percentile bootstrap over held-out prompts (with all their rows) and over seeds, the same draw for every method. Three
-seeds are few for that: their part comes out too narrow, so each seed's share is given, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from plora.artifact.cost import payload
 from plora.artifact.plan import ExchangePlan
@@ -27,126 +22,28 @@ from plora.artifact.shape import DecoderShape
 from plora.planner.machine import layer_values
 
 from ..conditions import write_results
+from .losses import Losses, refuse_unlike, share
 from .methods import METHODS, Method
 from .runs import Store
 from .study import ROWS, RUNS, SEVEN, STEPS
 from .tasks import DATA, NAMES, Sizes, gsm8k_test_rows
 
-DRAWS = 4000
 REFERENCE, CONTROL = "lora", "control"
-HELD_OUT_PHRASINGS = 2
-"""Rows of a persona's fact: they are drawn together, as the references of an E2E prompt are."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """sums: nats, tokens: response tokens, both `[seeds, prompts]`; seeds: their numbers."""
-
-    sums: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    seeds: tuple[int, ...]
-
-    @classmethod
-    def of(cls, outcomes: list[dict[str, Any]]) -> Losses:
-        """Raises ValueError for no outcomes."""
-        if not outcomes:
-            raise ValueError("no final run")
-        rows = [(_by_prompt(each, each["rows"]), _by_prompt(each, each["tokens"])) for each in outcomes]
-        return cls(np.array([sums for sums, _ in rows]), np.array([tokens for _, tokens in rows]), tuple(each["seed"] for each in outcomes))
-
-    @property
-    def mean(self) -> float:
-        """Nats per token, seeds alike."""
-        return float((self.sums.sum(1) / self.tokens.sum(1)).mean())
-
-    def only(self, seeds: tuple[int, ...]) -> Losses:
-        at = [self.seeds.index(seed) for seed in seeds]
-        return Losses(self.sums[at], self.tokens[at], seeds)
-
-    def first(self, prompts: int) -> Losses:
-        return Losses(self.sums[:, :prompts], self.tokens[:, :prompts], self.seeds)
-
-    def drawn(self, draws: NDArray[np.float64], picks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Nats per token in every draw, `[D]`. draws: how often each prompt is drawn, `[D, prompts]`; picks: seeds, `[D, seeds]`."""
-        by_seed = (draws @ self.sums.T) / (draws @ self.tokens.T)
-        return np.take_along_axis(by_seed, picks, 1).mean(1)
-
-
-def _by_prompt(outcome: dict[str, Any], values: list[float]) -> list[float]:
-    sizes = outcome["groups"]
-    if outcome["task"] == "persona":
-        sizes = [HELD_OUT_PHRASINGS] * (len(values) // HELD_OUT_PHRASINGS)
-    ends = np.cumsum(sizes)
-    return [float(sum(values[end - size : end])) for size, end in zip(sizes, ends, strict=True)]
-
-
-def refuse_unlike(task: str, outcomes: list[dict[str, Any]]) -> None:
-    """Raises ValueError unless all were judged by the same rows with products alike: losses are compared row by row."""
-    kinds = {json.dumps([each["tokens"], each["groups"], each.get("products", "fp32")]): each for each in outcomes}
-    if len(kinds) > 1:
-        names = ", ".join(f"{each['method']} of seed {each['seed']}" for each in kinds.values())
-        raise ValueError(f"{task}: {names} were judged by other rows, or in another precision, than each other; run them again")
-
-
-def share(control: Losses, lora: Losses, x: Losses, draws: int = DRAWS) -> tuple[float, tuple[float, float], tuple[int, ...]]:
-    """(share, its 95 % interval, seeds), over the seeds that all three have."""
-    seeds = tuple(seed for seed in x.seeds if seed in control.seeds and seed in lora.seeds)
-    control, lora, x = control.only(seeds), lora.only(seeds), x.only(seeds)
-    random = np.random.default_rng(0)
-    prompts = control.sums.shape[1]
-    drawn = random.multinomial(prompts, np.full(prompts, 1 / prompts), draws).astype(np.float64)
-    picks = random.integers(0, len(seeds), (draws, len(seeds)))
-    c, reference, own = (each.drawn(drawn, picks) for each in (control, lora, x))
-    low, high = np.percentile((c - own) / (c - reference), [2.5, 97.5])
-    return (control.mean - x.mean) / (control.mean - lora.mean), (float(low), float(high)), seeds
 
 
 def figures(store: Store, layers: int, shape: DecoderShape, times: float, gsm8k_test_rows: int = 0) -> dict[str, Any]:
     """By task; a method whose search has not ended is left out. tried: validation loss by learning rate, None where a
     tune diverged. general_text: of the persona's tries that were judged, by method and rate. gsm8k_test_rows: held-out rows at the
     beginning that are of GSM8K's own test set: shares of them alone come with the task's, unless 0."""
-    found: dict[str, Any] = {}
     steps = {task: round(STEPS[task] * times) for task in NAMES}
+    found: dict[str, Any] = {}
     for task in NAMES:
         results = {name: outcomes for name in ("base", *METHODS) if (outcomes := store.results(task, name, steps[task]))}
-        losses = {name: Losses.of(outcomes) for name, outcomes in results.items()}
-        if not {CONTROL, REFERENCE, "base"} <= set(losses):
-            continue
-        refuse_unlike(task, [each for outcomes in results.values() for each in outcomes])
-        base, control, lora = (losses[name] for name in ("base", CONTROL, REFERENCE))
-        of_task: dict[str, Any] = {
-            "rows": len(results["base"][0]["rows"]),
-            "drawn_groups": base.sums.shape[1],
-            "steps": steps[task],
-            "base_nll": base.mean,
-            "control_nll": control.mean,
-            "lora_nll": lora.mean,
-            "methods": {},
-        }
-        for name, own in losses.items():
-            outcomes = results[name]
-            shown: dict[str, Any] = {"nll": own.mean, "seeds": len(own.seeds)}
-            if name != "base":
-                value, interval, common = share(control, lora, own)
-                shown["share_by_seed"] = [share(control, lora, own.only((seed,)), draws=1)[0] for seed in common]
-                shown |= {"share": value, "interval": interval, "share_seeds": len(common), "rate": outcomes[0]["rate"]}
-                shown["plain_improvement"] = (base.mean - own.only(common).mean) / (base.mean - lora.only(common).mean)
-                shown["diverged_seeds"] = store.diverged(task, name, outcomes[0]["rate"], steps[task])
-                if name not in SEVEN and set(SEVEN) <= set(losses):
-                    shown["share_of_seven"], shown["share_of_seven_interval"], _ = share(losses["bias-all"], losses["lora-all"], own)
-                shown["at_grid_edge"] = store.search(task, METHODS[name], steps[task]).at_edge
-                shown["parameters"] = outcomes[0]["parameters"]
-                of_task |= {f"{name}_share": value, f"{name}_share_interval": interval} if name not in (CONTROL, REFERENCE) else {}
-            for measure in ("bleu", "slot_recall", "exact_match", "recall"):
-                if measure in outcomes[0]:
-                    shown[measure] = outcomes[0][measure]
-                    shown["answers"] = outcomes[0]["answers"]
-            if "other_nll" in outcomes[0]:
-                shown["other_nll"] = float(np.mean([each["other_nll"] for each in outcomes]))
-            of_task["methods"][name] = shown
-        if task == "gsm8k" and gsm8k_test_rows:
-            of_task["test_set"] = test_set(losses, gsm8k_test_rows)
-        found[task] = of_task
+        if {CONTROL, REFERENCE, "base"} <= set(results):
+            refuse_unlike(task, [each for outcomes in results.values() for each in outcomes])
+            found[task] = _of_task(store, task, steps[task], results)
+            if task == "gsm8k" and gsm8k_test_rows:
+                found[task]["test_set"] = test_set({name: Losses.of(outcomes) for name, outcomes in results.items()}, gsm8k_test_rows)
     found["general_text"] = {
         name: {
             f"{each['rate']:.3g}": {"nll": each["nll"], "other_nll": each["other_nll"], "recall": each["recall"]}
@@ -165,6 +62,55 @@ def figures(store: Store, layers: int, shape: DecoderShape, times: float, gsm8k_
         }
         for task in NAMES
     }
+    return found
+
+
+def _of_task(store: Store, task: str, steps: int, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """results: outcomes by method, by seed."""
+    losses = {name: Losses.of(outcomes) for name, outcomes in results.items()}
+    base = losses["base"]
+    found: dict[str, Any] = {
+        "rows": len(results["base"][0]["rows"]),
+        "drawn_groups": base.sums.shape[1],
+        "steps": steps,
+        "base_nll": base.mean,
+        "control_nll": losses[CONTROL].mean,
+        "lora_nll": losses[REFERENCE].mean,
+        "methods": {},
+    }
+    for name, outcomes in results.items():
+        shown = {"nll": losses[name].mean, "seeds": len(outcomes)}
+        if name != "base":
+            rate = outcomes[0]["rate"]
+            shown |= {"rate": rate, "parameters": outcomes[0]["parameters"], **shares_of(losses, name)}
+            shown["diverged_seeds"] = store.diverged(task, name, rate, steps)
+            shown["at_grid_edge"] = store.search(task, METHODS[name], steps).at_edge
+        if name not in ("base", CONTROL, REFERENCE):
+            found |= {f"{name}_share": shown["share"], f"{name}_share_interval": shown["interval"]}
+        found["methods"][name] = shown | _said(outcomes)
+    return found
+
+
+def shares_of(losses: dict[str, Losses], name: str) -> dict[str, Any]:
+    """Of one method, beside control and LoRA, and where there are both, beside biases and LoRA on all seven projections."""
+    base, control, lora, own = (losses[each] for each in ("base", CONTROL, REFERENCE, name))
+    value, interval, common = share(control, lora, own)
+    found: dict[str, Any] = {"share": value, "interval": interval, "share_seeds": len(common)}
+    found["share_by_seed"] = [share(control, lora, own.only((seed,)), draws=1)[0] for seed in common]
+    found["plain_improvement"] = (base.mean - own.only(common).mean) / (base.mean - lora.only(common).mean)
+    if name not in SEVEN and set(SEVEN) <= set(losses):
+        found["share_of_seven"], found["share_of_seven_interval"], _ = share(losses["bias-all"], losses["lora-all"], own)
+    return found
+
+
+def _said(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured beside the loss: answers in words are of the first seed, other text of all."""
+    first = outcomes[0]
+    found = {measure: first[measure] for measure in ("bleu", "slot_recall", "exact_match", "recall") if measure in first}
+    if found:
+        found["answers"] = first["answers"]
+    if "other_nll" in first:
+        found["other_nll"] = float(np.mean([each["other_nll"] for each in outcomes]))
     return found
 
 
