@@ -146,9 +146,14 @@ def test_figures_and_plots_of_a_study(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["methods"]["entry-features-64"]["device_multiplications"] - found["methods"]["entry"]["device_multiplications"] == 64 * 64
     assert found["tried"]["persona"]["entry"].keys() == {f"{rate:.3g}" for rate in sweep.GRID[3:8]}
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    for path in plots.plot(found):
+    *by_cost, curves = plots.plot(found)
+    assert len(by_cost) == len(plots.AXES)
+    for path in by_cost:
         drawn = path.read_text(encoding="utf-8")
         assert all(drawn.count(f"<!-- {each} -->") == 1 for each in ("persona", "e2e", "gsm8k", "entry", "entry-512", "paper"))
+    assert all(curves.read_text(encoding="utf-8").count(f"<!-- {words} -->") == 1 for words in plots.CURVES)
+    assert all(methods.METHODS.keys() >= points.keys() for points in plots.CURVES.values())
+    assert all(set(study.ROWS[plots.CURVED]) >= points.keys() for points in plots.CURVES.values())
     pages = tables.markdown(found)
     assert (
         pages.count(
