@@ -45,6 +45,11 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, without the stack that some add; its name if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class PloraError(Exception):
     """Base of all errors that a user can act on."""
 

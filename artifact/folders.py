@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,3 +69,18 @@ def new_file(out: Path) -> Iterator[Path]:
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def renewed_file(out: Path, mode: int = 0o600) -> Iterator[Path]:
+    """`new_file`, made beforehand: with mode and owner of the file that it replaces, else with `mode` and this process's. Another owner
+    is kept by root alone. Raises OSError if the folder, or that group, is out of reach."""
+    before = out.stat() if out.exists() else None
+    with new_file(out) as temporary:
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=mode if before is None else 0o600, exist_ok=False)
+        if before is not None:
+            if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):  # root may do it for a server that is not
+                os.chown(temporary, before.st_uid if os.geteuid() == 0 else -1, before.st_gid)
+            temporary.chmod(stat.S_IMODE(before.st_mode))
+        yield temporary

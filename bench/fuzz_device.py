@@ -30,9 +30,10 @@ from .fuzz_machines import check_machine
 from .fuzz_world import Loop, run, world
 
 DEADLINES = Deadlines(connect_seconds=1.0, step_seconds=4.0, close_seconds=0.5, give_up_seconds=2.0)
-FEED_SECONDS = MOST_SESSIONS * (2 * DEADLINES.step_seconds + 2 * DEADLINES.give_up_seconds)
-"""In which a feed is done or given up, whatever the cloud does: so many sessions, each tried for and refilled."""
 MOST_ACTS = 12
+FEED_SECONDS = MOST_SESSIONS * ((2 + MOST_ACTS) * DEADLINES.step_seconds + 2 * DEADLINES.give_up_seconds)
+"""In which a feed is done or given up, whatever the cloud does: so many sessions, each tried for and refilled, every act of the cloud a
+sign of progress."""
 READ_AHEAD_FRAMES = 64
 """That a device holds which nobody has looked at: more is a cloud that floods it."""
 HONEST = 200

@@ -8,7 +8,6 @@ the kernel when it is first written, and counted here in blocks against the budg
 from __future__ import annotations
 
 import mmap
-import os
 
 import numpy as np
 import torch
@@ -16,12 +15,10 @@ from torch import Tensor
 
 from ..artifact.errors import UsageError
 from ..artifact.shape import DecoderShape
+from .budget import block_tokens_of, blocks_of
 
 DTYPES = {"fp32": (torch.float32, np.int32), "fp16": (torch.float16, np.int16), "bf16": (torch.bfloat16, np.int16)}
 """Zeros look alike in any type; numpy has no bf16."""
-
-BLOCK_TOKENS = 64
-"""What the budget is counted in: with heads of 64 values in fp32, 16 KiB a head and layer, four pages of the kernel's."""
 
 MAX_SLOTS = 1024
 """Sessions at the most unless told otherwise: slots cost addresses only, but the kernel has a table for those."""
@@ -42,17 +39,9 @@ class Pool:
     ) -> None:
         self.context_tokens = context_tokens
         self.token_bytes = shape.kv_bytes_per_token(dtype, layers)
-        self.block_tokens = min(BLOCK_TOKENS, context_tokens)
+        self.block_tokens = block_tokens_of(context_tokens)
         self.block_bytes = self.block_tokens * self.token_bytes
-        self.blocks = budget_bytes // self.block_bytes
-        if self.blocks < self.blocks_for(context_tokens):
-            raise UsageError(
-                f"a KV budget of {budget_bytes:,} bytes holds no session: one of {context_tokens} tokens takes "
-                f"{self.blocks_for(context_tokens) * self.block_bytes:,}; raise --kv-bytes or lower --context"
-            )
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if budget_bytes > memory:
-            raise UsageError(f"a KV budget of {budget_bytes:,} bytes is more than this machine's memory of {memory:,}; lower --kv-bytes")
+        self.blocks = blocks_of(context_tokens, self.token_bytes, budget_bytes)
         self.slots = min(self.blocks, MAX_SLOTS if sessions is None else sessions)
         self.free_blocks = self.blocks
         size = (self.slots, shape.kv_heads, context_tokens, shape.head_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import http.client
 import stat
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from ..artifact.addresses import host_and_port, is_loopback
 from ..artifact.errors import Unreachable, UsageError
 from ..artifact.manifest import CloudManifest, check_files, read_manifest
 from . import tls, token_file
+from .budget import blocks_of, context_of
 from .config import ServerConfig
 
 HEALTH_SECONDS = 5.0
@@ -33,8 +35,8 @@ def check(config: ServerConfig, unknown_variables: list[str]) -> Findings:
     check_files(config.folder, manifest)
     shape = manifest.contract.shape
     facts.append(f"{config.folder}: contract {manifest.contract.hash[:12]}, {manifest.contract.plan.cloud_layers} layers, {manifest.dtype}")
-    if config.context_tokens is not None and config.context_tokens > shape.context_tokens:
-        raise UsageError(f"--context {config.context_tokens}, expected 1..{shape.context_tokens}, the model's own")
+    token_bytes = shape.kv_bytes_per_token(manifest.dtype, manifest.contract.plan.cloud_layers)
+    blocks_of(context_of(shape, config.context_tokens), token_bytes, config.kv_bytes)
     if config.door.tls is not None:
         pair = tls.read(config.door.tls)
         facts.append(f"{config.door.tls.certificate}: sha256:{tls.fingerprint(config.door.tls.certificate)}, until {pair.expires:%Y-%m-%d}")
@@ -55,13 +57,14 @@ def check(config: ServerConfig, unknown_variables: list[str]) -> Findings:
     return Findings(facts, warnings)
 
 
-def ask_health(config: ServerConfig) -> str:
-    """ "ready". Raises Unreachable if the server is not, or is not there; UsageError if it cannot be asked."""
-    if config.door.ops is not None:
-        return _ask_http(*host_and_port("--ops", config.door.ops))
-    if config.door.tls is not None:
+def ask_health(listen: str, ops: str | None, has_tls: bool) -> str:
+    """ "ready". listen, ops: HOST:PORT as the server was told. Raises Unreachable if it is not, or is not there; UsageError if it cannot
+    be asked."""
+    if ops is not None:
+        return _ask_http(*host_and_port("--ops", ops))
+    if has_tls:
         raise UsageError("a server with TLS is asked over --ops; set it, for instance to 127.0.0.1:9464")
-    return _ask_grpc(*host_and_port("--listen", config.door.listen))
+    return _ask_grpc(*host_and_port("--listen", listen))
 
 
 def _here(host: str, port: int) -> str:
@@ -75,11 +78,17 @@ def _ask_http(host: str, port: int) -> str:
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(where, timeout=HEALTH_SECONDS) as answer:
-            return answer.read(100).decode().strip()
+            said = answer.read(100)
     except urllib.error.HTTPError as error:
+        error.close()
         raise Unreachable(f"{where}: not ready ({error.code})") from None
     except OSError as error:
         raise Unreachable(f"{where}: no answer ({getattr(error, 'reason', error)})") from None
+    except http.client.HTTPException as error:
+        raise Unreachable(f"{where}: no answer in HTTP ({type(error).__name__}); is --ops another program's port?") from None
+    if said.strip() != b"ready":
+        raise Unreachable(f"{where}: {len(said)} bytes that do not say ready; is --ops another program's port?")
+    return "ready"
 
 
 def _ask_grpc(host: str, port: int) -> str:

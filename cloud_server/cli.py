@@ -14,7 +14,6 @@ import click
 
 from ..artifact.console import CLICK_CONTEXT, INTERRUPTED, reports_errors
 from ..artifact.errors import UsageError
-from ..artifact.folders import check_new
 from .options import PATH, server_options, settings, unknown_variables
 
 if TYPE_CHECKING:
@@ -78,8 +77,8 @@ def serve(as_json: bool, verbose: bool, log_format: str, log_level: str, **value
     asyncio.run(serve(config_of(values), ready))
 
 
-def config_of(values: dict[str, Any], folder: Path | None = None) -> ServerConfig:
-    """From the values of server_options; folder: instead of DIR. Raises UsageError."""
+def config_of(values: dict[str, Any]) -> ServerConfig:
+    """From the values of server_options. Raises UsageError."""
     from .config import Door, Limits, ServerConfig
     from .quota import Quota
     from .tls import Files
@@ -87,8 +86,7 @@ def config_of(values: dict[str, Any], folder: Path | None = None) -> ServerConfi
     def some(*names: str) -> dict[str, Any]:
         return {name: values[name] for name in names}
 
-    folder = values["artifact"] if folder is None else folder
-    if folder is None:
+    if values["artifact"] is None:
         raise UsageError("DIR is missing: name the `cloud` folder of an export, or set PLORA_CLOUD_ARTIFACT, or `artifact` in --config")
     if (values["tls_cert"] is None) != (values["tls_key"] is None):
         raise UsageError("--tls-cert and --tls-key: expected both or neither")
@@ -98,7 +96,7 @@ def config_of(values: dict[str, Any], folder: Path | None = None) -> ServerConfi
     names = ("sessions", "kv_bytes", "tokens_per_minute", "tokens_per_day", "connections", "connections_per_minute")
     quota = Quota(**{name: values[f"user_{name}"] for name in names})
     return ServerConfig(
-        folder,
+        values["artifact"],
         context_tokens=values["context"],
         door=Door(tls=files, **some("listen", "tokens", "without_tls", "without_tokens", "ops", "open_ops")),
         limits=Limits(quota=quota, **some("idle_seconds", "lease_seconds", "quiet_seconds", "connections", "inbox_bytes")),
@@ -148,7 +146,7 @@ def health(**values: Any) -> None:
     """
     from .checks import ask_health
 
-    click.echo(ask_health(config_of(values, Path())))  # whatever it serves
+    click.echo(ask_health(values["listen"], values["ops"], values["tls_cert"] is not None))
 
 
 @main.group()
@@ -179,14 +177,9 @@ def add(name: str, tokens: Path, days: float | None, out: Path | None, **limits:
     """
     from . import token_file
 
-    if out is not None:
-        check_new(out)
-    token = token_file.add(tokens, name, days, {key: value for key, value in limits.items() if value is not None})
+    token = token_file.add(tokens, name, days, {key: value for key, value in limits.items() if value is not None}, out)
     if out is None:
         click.echo(token)
-    else:
-        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(f"{token}\n")
 
 
 @token.command("list")
@@ -226,7 +219,7 @@ def revoke(name: str, tokens: Path, keep_newest: bool) -> None:
 @click.option("--host", "hosts", multiple=True, required=True, metavar="NAME", help="Name or address that devices connect to; repeat.")
 @click.option("--out", required=True, type=PATH, metavar="DIR", help="A new folder for cert.pem and key.pem.")
 @click.option("--days", default=365, show_default=True, metavar="N", help="How long it is valid.")
-@click.option("--replace", is_flag=True, help="Put the new folder in the place of one that is there.")
+@click.option("--replace", is_flag=True, help="Renew the two files in a folder that is there.")
 @reports_errors
 def certificate(hosts: tuple[str, ...], out: Path, days: int, replace: bool) -> None:
     """Make a certificate that nobody vouches for, to try things out or for devices that pin it; print its fingerprint."""

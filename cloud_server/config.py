@@ -47,7 +47,7 @@ class Limits:
             raise UsageError(f"--connections {self.connections}: expected 1 to {MAX_CONNECTIONS:,}")
         if self.inbox_bytes < 0:
             raise UsageError(f"--inbox-bytes {self.inbox_bytes}: expected 0 or more")
-        check_quota(self.quota)
+        check_quota(self.quota, "--user-")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..artifact.manifest import CloudManifest, check_files, read_manifest, requi
 from ..artifact.names import CLOUD_GRAPH
 from ..artifact.walk import Leg, legs
 from ..protocol.limits import step_tokens
+from .budget import context_of
 from .cache import Pool
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -92,9 +93,7 @@ class Engine:
         if self.manifest.dtype not in DTYPES:
             raise UsageError(f"{folder}: dtype {self.manifest.dtype}, this engine runs {', '.join(DTYPES)}")
         shape = self.contract.shape
-        context = min(shape.context_tokens, DEFAULT_CONTEXT_TOKENS) if context_tokens is None else context_tokens
-        if not 1 <= context <= shape.context_tokens:
-            raise UsageError(f"--context {context}, expected 1..{shape.context_tokens}, the model's own")
+        context = context_of(shape, context_tokens)
         pool = Pool(shape, self.contract.plan.cloud_layers, context, kv_bytes, self.manifest.dtype, sessions)
         path = require_file(self.manifest, folder, CLOUD_GRAPH)
         try:
@@ -248,10 +247,6 @@ class Engine:
     def _tensor(self, values: Floats) -> Tensor:
         """[T, N] float32 -> [T, N] in the engine's dtype."""
         return torch.from_numpy(values.copy()).to(self.dtype)  # a copy: what comes off the wire is read-only
-
-
-DEFAULT_CONTEXT_TOKENS = 2048
-"""Tokens of one session's cache unless told otherwise: long enough to chat, and many fit."""
 
 
 MERGED_ROWS = 16

@@ -28,9 +28,10 @@ class Refusal(RemoteProtocolError):
         self.retry_after_millis = retry_after_millis
 
 
-def check_quota(quota: Quota, where: str = "") -> None:
-    """Raises UsageError naming the limit that is out of range."""
+def check_quota(quota: Quota, where: str) -> None:
+    """where: what stands before a limit's name: of a flag what it begins with, `--user-` or `--`, else the place in a file. Raises
+    UsageError naming the limit that is out of range."""
     for field in fields(quota):
         if getattr(quota, field.name) < 0:
-            flag = f"--user-{field.name.replace('_', '-')}" if not where else field.name
-            raise UsageError(f"{where}{flag} {getattr(quota, field.name)}: expected 0 (no limit) or more")
+            name = field.name.replace("_", "-") if where.startswith("--") else field.name
+            raise UsageError(f"{where}{name} {getattr(quota, field.name)}: expected 0 (no limit) or more")

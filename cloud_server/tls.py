@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from ..artifact.errors import PloraError, UsageError
-from ..artifact.folders import new_folder
+from ..artifact.folders import new_folder, renewed_file
 from ..artifact.watched import read_named, stamp
 from .logs import event
 
@@ -126,10 +126,13 @@ def fingerprint(path: Path) -> str:
 
 
 def make_self_signed(hosts: tuple[str, ...], out: Path, days: int, replace: bool = False) -> str:
-    """cert.pem and key.pem for `hosts` (names or addresses) in a new folder `out`; the certificate's fingerprint. Raises UsageError."""
+    """cert.pem and key.pem for `hosts` (names or addresses), valid for so many days, in a new folder `out`, or with `replace` in one that
+    is there; the certificate's fingerprint. Raises UsageError."""
     if not 1 <= days <= 3650:
         raise UsageError(f"--days {days}: expected 1 to 3,650")
     key = ec.generate_private_key(ec.SECP256R1())
+    if replace and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: not a folder; name one, for {CERTIFICATE_FILE} and {KEY_FILE}")
     now = datetime.datetime.now(datetime.UTC)
     try:
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
@@ -148,12 +151,29 @@ def make_self_signed(hosts: tuple[str, ...], out: Path, days: int, replace: bool
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    with new_folder(out, replace) as folder:
-        (folder / CERTIFICATE_FILE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        (folder / KEY_FILE).touch(mode=0o600)
-        form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        (folder / KEY_FILE).write_bytes(key.private_bytes(*form))
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pair = certificate.public_bytes(serialization.Encoding.PEM), key.private_bytes(*form)
+    try:
+        if replace and out.is_dir():
+            _renew(out, *pair)
+        else:
+            with new_folder(out) as folder:
+                _renew(folder, *pair)
+    except OSError as error:
+        raise UsageError(
+            f"--out {out}: {CERTIFICATE_FILE} and {KEY_FILE} cannot be written there ({error.strerror}); "
+            "name a folder that you can write to, and run this as who owns the files, or as root"
+        ) from None
     return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def _renew(folder: Path, certificate: bytes, key: bytes) -> None:
+    """Both files are whole before either gets its name, and each keeps the mode and owner of the one that it replaces. The folder stays
+    the same one, since a container may have mounted it, and so does whatever else is in it. A server that reads between the two names has
+    a pair that does not fit, and goes on with the old one (`Credentials.refresh`). Raises OSError."""
+    with renewed_file(folder / KEY_FILE) as new_key, renewed_file(folder / CERTIFICATE_FILE, 0o644) as new_certificate:
+        new_certificate.write_bytes(certificate)
+        new_key.write_bytes(key)
 
 
 def _general_name(host: str) -> x509.GeneralName:

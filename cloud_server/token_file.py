@@ -11,12 +11,12 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..artifact.errors import DamagedFile, ManifestError, MissingFile, UsageError
-from ..artifact.folders import new_file
+from ..artifact.folders import renewed_file
 from ..artifact.strict import decode, plain
 from .quota import Quota, check_quota
 
@@ -108,14 +108,7 @@ def readable_by_others(path: Path) -> bool:
 
 def write(path: Path, file: TokenFile) -> None:
     """Whole or not at all; a new one for its owner alone, another one for those who could read the old one."""
-    before = path.stat() if path.exists() else None
-    with new_file(path) as temporary:
-        temporary.unlink(missing_ok=True)
-        temporary.touch(mode=0o600, exist_ok=False)
-        if before is not None:
-            if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):  # root may do it for a server that is not
-                os.chown(temporary, before.st_uid if os.geteuid() == 0 else -1, before.st_gid)
-            temporary.chmod(stat.S_IMODE(before.st_mode))
+    with renewed_file(path) as temporary:
         temporary.write_text(json.dumps(plain(file), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -134,17 +127,41 @@ def alone(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def add(path: Path, name: str, days: float | None = None, quota: dict[str, int] | None = None) -> str:
-    """A new token of `name`, beside those that they have; the only time that it can be seen. quota: limits of theirs to set."""
+@contextmanager
+def _kept(out: Path, token: str) -> Iterator[None]:
+    """The token stands in a new file for its owner alone, which goes again if the block fails. Raises UsageError if it cannot be made."""
+    try:
+        file = os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    try:
+        try:
+            with file:
+                file.write(f"{token}\n")
+        except OSError as error:
+            raise _unwritable(out, error) from None
+        yield
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
+
+
+def _unwritable(out: Path, error: OSError) -> UsageError:
+    return UsageError(f"--out {out}: cannot be made ({error.strerror}); name a new file in a folder that you can write to")
+
+
+def add(path: Path, name: str, days: float | None = None, quota: dict[str, int] | None = None, out: Path | None = None) -> str:
+    """A new token of `name`, beside those that they have; the only time that it can be seen. quota: limits of theirs to set; out: a new
+    file that gets it before it is valid. Raises UsageError, and then nothing was added, and what `read` raises."""
     if not NAME.fullmatch(name):
         raise UsageError(f"user {name!r}: expected 1 to 64 letters, digits, dots, dashes, underscores or @, the first a letter or digit")
     if days is not None and not 0 < days <= 36_500:
         raise UsageError(f"--days {days:g}: expected above 0 and at most 36,500")
-    check_quota(Quota(**(quota or {})))
+    check_quota(Quota(**(quota or {})), "--")
     token = PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     expires = None if days is None else (now + datetime.timedelta(days=days)).isoformat()
-    with alone(path):
+    with alone(path), nullcontext() if out is None else _kept(out, token):
         file = read(path) if path.exists() else TokenFile(FORMAT, VERSION, {})
         before = file.users.get(name, Entry((), {}))
         made = AccessToken(digest(token), now.isoformat(), expires)

@@ -59,8 +59,9 @@ class Access:
         return any((self.ca, self.pins, self.client_cert, self.server_name))
 
     def secures(self, address: str) -> bool:
-        """Whether connections to host:port are TLS."""
-        return self._says_tls or not (self.plaintext or is_loopback(host_and_port("--cloud", address)[0]))
+        """Whether connections to host:port are TLS. Raises UsageError for an address that is none: gRPC would take a port of its own."""
+        host, _ = host_and_port("--cloud", address)
+        return self._says_tls or not (self.plaintext or is_loopback(host))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,10 @@ class Answer:
 
 
 class PrivateSession:
-    """A session with the cloud. Use it from one thread; close it, or use it as a context manager."""
+    """A session with the cloud. Use it from one thread; close it, or use it as a context manager.
+
+    It blocks, on an event loop of its own: where one is running already (a coroutine, a Jupyter cell) use it from another thread.
+    """
 
     def __init__(
         self,
@@ -107,7 +111,7 @@ class PrivateSession:
 
         self._link = Link(cloud, deadlines or Deadlines(), machine, on_state, partial(Transport, access=access))
         self._stepper = Stepper(edge, self._link, bucket)
-        self._runner = Runner(self._interrupt)
+        self._runner = Runner(self._link.interrupt)
         self._closed = False
         self.answer: Answer | None = None
         try:
@@ -130,22 +134,20 @@ class PrivateSession:
         return self._link.state
 
     def reconnect(self) -> None:
-        """For an app that is told that the network changed: the connection is given up now, and not when it is found silent."""
+        """For an app that is told that the network changed: the connection is given up now, or at the next call if nobody waits for an
+        answer, and not when it is found silent. From any thread; of no effect on a session that is closed."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._runner.loop.call_soon_threadsafe(self._leave_connection)
+
+    def _leave_connection(self) -> None:
         if self._link.transport is not None:
             self._link.transport.fail("the app says that the network changed")
-
-    def _interrupt(self) -> None:
-        """Ctrl-C: wakes whoever waits for a frame; nobody does before there is a connection."""
-        if self._link.transport is not None:
-            self._link.interrupt()
-        elif self._runner.task is not None:
-            self._runner.task.cancel()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
 
     def sampling(self, **flags: object) -> Sampling:
-        """Flags (None: not given) over the artifact's generation config over the defaults."""
+        """Flags (fields of Sampling; None: not given) over the artifact's generation config over the defaults. Raises UsageError."""
         return choose_sampling(flags, asdict(self.text.defaults))
 
     def stream_chat(self, messages: list[dict[str, str]], sampling: Sampling | None = None) -> Iterator[Piece]:

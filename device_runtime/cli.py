@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +17,7 @@ from ..artifact.console import CLICK_CONTEXT, reports_errors
 if TYPE_CHECKING:
     from .access import Access
     from .api import Piece, PrivateSession
+    from .sampling import Sampling
 
 BUCKET_TOKENS = 8
 """Of --deterministic: more would cost each token more, fewer each prompt. docs/networks.md has what 8 costs."""
@@ -123,7 +126,11 @@ def session_options(function: Command) -> Command:
 @click.option("--stats", is_flag=True, help="Print time to first token, tokens/s, bytes and round trips to standard error.")
 @reports_errors
 def generate(prompt: str, system: str | None, raw: bool, as_json: bool, stats: bool, **options: Any) -> None:
-    """Answer PROMPT, token by token."""
+    """Answer PROMPT, token by token.
+
+    PROMPT may be -, which is what standard input holds: others on this machine can read a command line.
+    """
+    prompt = read_prompt(prompt)
     with open_from(options) as session:
         sampling = session.sampling(**sampling_flags(options))
         if raw:
@@ -147,36 +154,16 @@ def generate(prompt: str, system: str | None, raw: bool, as_json: bool, stats: b
 @click.option("--stats", is_flag=True, help="Print figures after each answer, to standard error.")
 @reports_errors
 def chat(system: str | None, stats: bool, **options: Any) -> None:
-    """Talk. Ctrl-C ends an answer, Ctrl-D the conversation; /reset forgets it."""
-    from ..artifact.errors import ContextOverflow
+    """Talk. Ctrl-C ends an answer, Ctrl-D the conversation; /reset forgets it.
 
-    session = open_from(options)
-    try:
-        sampling = session.sampling(**sampling_flags(options))
+    A turn that fails is told of and left out: the conversation goes on without it. Where the input is no terminal, the exit code is
+    in the end that of the last such turn.
+    """
+    with open_from(options) as session:
         opening = [{"role": "system", "content": system}] if system else []
-        messages = list(opening)
-        while True:
-            try:
-                line = input("> ").strip()
-            except EOFError:
-                click.echo()
-                return
-            if line == "/reset":
-                messages = list(opening)
-                continue
-            if not line:
-                continue
-            asked = [*messages, {"role": "user", "content": line}]
-            try:
-                said = speak(session, session.stream_chat(asked, sampling))
-            except ContextOverflow as error:
-                click.echo(f"error: {error}; /reset begins anew", err=True)
-                continue
-            messages = [*asked, {"role": "assistant", "content": said}]
-            if stats and session.answer:
-                print_stats(session)
-    finally:
-        session.close()
+        failed = converse(session, session.sampling(**sampling_flags(options)), opening, stats)
+    if not sys.stdin.isatty():
+        sys.exit(failed)
 
 
 @main.command()
@@ -210,7 +197,56 @@ def doctor(edges: tuple[Path, ...], cloud: str, wire_dtype: str, threads: int | 
     click.echo(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else tables(report))
 
 
-def speak(session: PrivateSession, pieces: Iterator[Piece]) -> str:
+def converse(session: PrivateSession, sampling: Sampling, opening: list[dict[str, str]], stats: bool) -> int:
+    """Answers line by line until the input ends. Returns the exit code of the last turn that failed, 0 if none did."""
+    from ..artifact.errors import ContextOverflow, PloraError
+
+    keep_odd_bytes()
+    messages, failed = list(opening), 0
+    while (line := read_line()) is not None:
+        if line == "/reset":
+            messages = list(opening)
+        if line in ("", "/reset"):
+            continue
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            said = speak(session.stream_chat(asked, sampling))
+        except PloraError as error:
+            advice = "/reset begins anew" if isinstance(error, ContextOverflow) else "this turn is left out, those before it are kept"
+            click.echo(f"error: {error}; {advice}", err=True)
+            failed = error.exit_code
+            continue
+        messages = [*asked, {"role": "assistant", "content": said}]
+        if stats and session.answer:
+            print_stats(session)
+    return failed
+
+
+def read_line() -> str | None:
+    """What the person says next, None at the end."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        click.echo()
+        return None
+
+
+def read_prompt(prompt: str) -> str:
+    """PROMPT, or what standard input holds if that is `-`, without the newline at its end."""
+    if prompt != "-":
+        return prompt
+    keep_odd_bytes()
+    return sys.stdin.read().removesuffix("\n")
+
+
+def keep_odd_bytes() -> None:
+    """Standard input is read as arguments are: what cannot be decoded becomes lone surrogates, which text.py refuses. Before the first
+    read, or not at all."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def speak(pieces: Iterator[Piece]) -> str:
     """Prints an answer as it comes; Ctrl-C ends it where it stands."""
     said = ""
     try:
@@ -219,7 +255,8 @@ def speak(session: PrivateSession, pieces: Iterator[Piece]) -> str:
             said += piece.text
     except KeyboardInterrupt:
         click.echo(" …", nl=False)
-    click.echo()
+    finally:
+        click.echo()
     return said
 
 

@@ -60,6 +60,7 @@ class Link:
         self._asking: asyncio.Task[None] | None = None
         self._rescue: asyncio.Task[Transport] | None = None
         self._discarding: set[asyncio.Task[None]] = set()
+        self._opening: asyncio.Task[object] | None = None
         self._trying: asyncio.Task[object] | None = None
         self._distrust: PloraError | None = None  # of an attempt that met somebody else than our cloud, or a file of ours that is gone
 
@@ -68,6 +69,7 @@ class Link:
     async def open(self) -> Terms:
         """A first session: one attempt, so that a wrong address is known at once. Raises Unreachable, Refused's children."""
         transport = self.carrier(self.address, self.deadlines)
+        self._opening = asyncio.current_task()
         try:
             await transport.connect()
             return await self._begin(transport, self.deadlines.step_seconds)
@@ -77,6 +79,8 @@ class Link:
         except BaseException:
             await transport.close()
             raise
+        finally:
+            self._opening = None
 
     async def reopen(self, why: str) -> Terms:
         """Another session in place of one that is lost, and why it is; tries until give_up_seconds."""
@@ -146,8 +150,10 @@ class Link:
         return machine.receive(data)
 
     def interrupt(self) -> None:
-        """Makes `receive` raise Interrupted, now or when it is next called."""
-        if self._trying is not None:
+        """Makes `receive` raise Interrupted, now or when it is next called. Cancels `open`: there is no session yet to be kept."""
+        if self._opening is not None:
+            self._opening.cancel()
+        elif self._trying is not None:
             self.interrupted = True
             self._trying.cancel()
         elif self.transport is not None:

@@ -39,10 +39,15 @@ class Sampling:
 
 
 def choose_sampling(flags: dict[str, object], artifact: dict[str, object]) -> Sampling:
-    """Flags win over the artifact's generation config, that over the defaults of Sampling; None means not given."""
-    names = {field.name for field in fields(Sampling)}
+    """Flags win over the artifact's generation config, that over the defaults of Sampling; None means not given.
+
+    The artifact's may say more than Sampling has. Raises UsageError for a flag that it has not, or of a value that it does not take.
+    """
+    names = [field.name for field in fields(Sampling)]
+    if unknown := sorted(set(flags) - set(names)):
+        raise UsageError(f"no sampling flag {', '.join(unknown)}; expected some of {', '.join(names)}")
     chosen = {name: value for name, value in artifact.items() if name in names and value is not None}
-    chosen.update({name: value for name, value in flags.items() if name in names and value is not None})
+    chosen.update({name: value for name, value in flags.items() if value is not None})
     return Sampling(**chosen)  # type: ignore[arg-type]
 
 

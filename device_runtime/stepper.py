@@ -60,6 +60,7 @@ class Stepper:
         self.counters = Counters()
         self.history: list[int] = []
         self.cloud_micros = 0
+        self._patience: asyncio.Timeout | None = None  # of what runs now
         self._layers: dict[FrontLayers | BackLayers, DeviceLayers] = {}
         self._room = self.edge.shape.context_tokens  # of the device's own layers
 
@@ -94,7 +95,8 @@ class Stepper:
         """Feeds T tokens that follow the first `position` of the history (all of it, if None; the rest is forgotten). Returns the last
         `exit_rows` rows of what the final norm reads, [exit_rows, hidden] float32. In steps of at most CHUNK_TOKENS, several in flight.
 
-        A session that is lost is begun anew, and the history sent again. Raises Unreachable once given up, and errors of faults.
+        A session that is lost is begun anew, and the history sent again. Raises Unreachable once given up, which is step_seconds after
+        the last progress however long all of it takes, and errors of faults.
         """
         if position is not None:
             self.keep(position)
@@ -142,6 +144,7 @@ class Stepper:
             while todo and len(flying) < self.terms.window:
                 flying.append(todo.popleft())
                 await self._begin(flying[-1])
+                self._progressed()
             event = await self.link.receive()
             self.counters.round_trips += 1
             if isinstance(event, CompressedArrived):
@@ -149,6 +152,7 @@ class Stepper:
                 await self.link.send(self.machine.injections(injection, event.step))
             elif isinstance(event, StepDone):
                 rows.append(self._end(flying.popleft(), event, tokens))
+            self._progressed()
         return np.concatenate(rows)[-exit_rows:] if exit_rows else np.zeros((0, self.edge.shape.hidden), np.float32)
 
     async def _begin(self, chunk: Chunk) -> None:
@@ -178,12 +182,21 @@ class Stepper:
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
+        """Raises Unreachable once step_seconds have gone by since it began or, if that was later, since the last `_progressed`."""
         seconds = self.link.deadlines.step_seconds
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as self._patience:
                 yield
         except TimeoutError:
-            raise Unreachable(f"{self.link.address}: no answer to step {self.machine.step} within {seconds:g} s; given up") from None
+            step = self.machine.running.number
+            raise Unreachable(f"{self.link.address}: no answer to step {step} within {seconds:g} s; given up") from None
+        finally:
+            self._patience = None
+
+    def _progressed(self) -> None:
+        """A frame of ours found its way, or the cloud answered one: what is still to come has all of step_seconds again."""
+        assert self._patience is not None  # within `_deadline`
+        self._patience.reschedule(asyncio.get_running_loop().time() + self.link.deadlines.step_seconds)
 
     async def cancel(self) -> None:
         """After an interrupted feed: the cloud's cache is as before the steps in flight. Does nothing between steps.

@@ -51,12 +51,13 @@ class Text:
         self._template: jinja2.Template | None = None
 
     def encode_raw(self, text: str) -> list[int]:
-        """The tokenizer with its own special tokens, no template."""
-        return self.tokenizer.encode(text).ids
+        """The tokenizer with its own special tokens, no template. Raises UsageError for text that is not UTF-8."""
+        return self.tokenizer.encode(_require_utf8(text)).ids
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Messages (role, content) through the chat template, ready for the answer. Raises UsageError without a template."""
-        return self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+        """Messages (role, content) through the chat template, ready for the answer. Raises UsageError without a template, and for text
+        that is not UTF-8."""
+        return self.tokenizer.encode(_require_utf8(self.render(messages)), add_special_tokens=False).ids
 
     def render(self, messages: list[dict[str, str]]) -> str:
         if self.template_source is None:
@@ -72,6 +73,16 @@ class Text:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _require_utf8(text: str) -> str:
+    """`text` as it is. Raises UsageError for a lone surrogate: so does Python hold a byte that is no text, or a character that was cut."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+        raise UsageError(f"the prompt is not UTF-8 text ({found} is half of a character); send whole characters, in UTF-8") from None
+    return text
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

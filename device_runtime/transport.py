@@ -26,8 +26,9 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Deadlines:
-    """connect_seconds: until the channel is up, the first time; step_seconds: for the handshake, and for one whole step (a prefill
-    chunk on a slow cloud takes seconds); close_seconds: for saying good-bye; give_up_seconds: to try for a link that broke."""
+    """connect_seconds: until the channel is up, the first time; step_seconds: for the handshake, and between two signs of progress after
+    it: a frame of ours that found its way, an answer to one (a chunk of a prompt takes seconds on a slow cloud or uplink), not for the
+    prompt as a whole; close_seconds: for saying good-bye; give_up_seconds: to try for a link that broke."""
 
     connect_seconds: float = 10.0
     step_seconds: float = 120.0

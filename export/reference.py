@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..models.adapter import Adapter, replace_cores
@@ -71,8 +71,7 @@ def record_reference(base: Base, adapter: Adapter, tokenizer: Any, path: Path) -
         model(ids)
         hook.remove()
     path.touch(mode=0o600)
-    save_file({name: tensor.contiguous() for name, tensor in kept.items()}, path)
-    path.chmod(0o600)
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in kept.items()}))
 
 
 def other_cores(cores: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:

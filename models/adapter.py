@@ -6,14 +6,13 @@ Basis (A, B, s, plan) and cores (M) live in files of their own, so that many per
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..artifact.errors import AdapterError, DamagedFile, MissingFile, WrongPair
@@ -158,8 +157,7 @@ def write_adapter(
         for name, text in (public or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         write_json(folder / ADAPTER_CONFIG, adapter.config)
-        save_file({name: _narrow(tensor).contiguous() for name, tensor in adapter.basis.items()}, folder / BASIS)
-        shutil.copymode(folder / ADAPTER_CONFIG, folder / BASIS)  # public too; the library makes it its owner's
+        (folder / BASIS).write_bytes(save({name: _narrow(tensor).contiguous() for name, tensor in adapter.basis.items()}))
         write_cores(adapter, folder / CORES)
 
 

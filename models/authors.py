@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifact.errors import AdapterError, DamagedFile, MissingFile
+from ..artifact.errors import AdapterError, DamagedFile, MissingFile, first_line
 from ..artifact.names import core_name, down_name, up_name
 from ..artifact.plan import TARGETS, AdaptedLayer, ExchangePlan, Source
 from ..artifact.shape import DecoderShape
@@ -47,8 +47,7 @@ def _load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise MissingFile(f"{path}: not found") from None
     except Exception as error:  # torch's restricted unpickler lets KeyError, IndexError and more through on damaged files
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DamagedFile(f"{path}: not a torch file of tensors: {said}") from None
+        raise DamagedFile(f"{path}: not a torch file of tensors: {first_line(error)}") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):

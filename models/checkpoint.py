@@ -16,7 +16,7 @@ import transformers
 from optimum.utils import NormalizedConfigManager
 from torch import Tensor, nn
 
-from ..artifact.errors import MissingFile, UnsupportedModel
+from ..artifact.errors import MissingFile, UnsupportedModel, first_line
 from ..artifact.shape import DecoderShape, Rope
 from ..artifact.strict import canonical_json
 
@@ -94,8 +94,7 @@ def _unsupported(model_type: str) -> str:
 
 def _unreadable(source: Source, error: Exception) -> Exception:
     where = f"{source.location}/{source.gguf_file}" if source.gguf_file else source.location
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return UnsupportedModel(f"{where}: transformers cannot read it: {type(error).__name__}: {first_line}")
+    return UnsupportedModel(f"{where}: transformers cannot read it: {type(error).__name__}: {first_line(error)}")
 
 
 def _check_details(config: Any) -> None:

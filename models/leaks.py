@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifact.errors import DataError
-from .rows import Message, read_rows
+from .rows import Message, Said, read_rows, said
 
 NAMED = 8
 """Pairs of rows that a message names; it counts the rest."""
-Key = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,17 @@ class Rows:
 def refuse_leaks(trained: Rows, held_out: Rows, prompts: bool = False) -> None:
     """Raises DataError naming the rows that both have, told apart neither by white space nor by case. prompts: those with the same
     prompt too, whatever they answer; the prompt is all before the last response."""
-    said: dict[Key, int] = {}
+    trained_on: dict[Said, int] = {}
     for number, messages in zip(trained.numbers, trained.messages, strict=True):
-        said.setdefault(_key(messages, prompts), number)
+        trained_on.setdefault(_said(messages, prompts), number)
     pairs = [
-        (said[key], number)
+        (trained_on[its], number)
         for number, messages in zip(held_out.numbers, held_out.messages, strict=True)
-        if (key := _key(messages, prompts)) in said
+        if (its := _said(messages, prompts)) in trained_on
     ]
     if not pairs:
         return
-    named = ", ".join(f"row {number} is row {trained_on} of {trained.path}" for trained_on, number in pairs[:NAMED])
+    named = ", ".join(f"row {number} is row {other} of {trained.path}" for other, number in pairs[:NAMED])
     more = f", and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
     what = "prompts" if prompts else "rows"
     raise DataError(
@@ -52,6 +51,5 @@ def refuse_leaks(trained: Rows, held_out: Rows, prompts: bool = False) -> None:
     )
 
 
-def _key(messages: list[Message], prompts: bool) -> Key:
-    counted = messages[:-1] if prompts else messages
-    return tuple((message["role"], " ".join(message["content"].split()).casefold()) for message in counted)
+def _said(messages: list[Message], prompts: bool) -> Said:
+    return said(messages[:-1] if prompts else messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,29 @@ IGNORED = -100
 """Label that transformers' loss leaves out."""
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
+Said = tuple[tuple[str, str], ...]
+"""Roles and texts of messages, told apart neither by white space nor by case."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """input_ids and labels, both [T]; a label is IGNORED outside responses. row: its number in the file, from 1."""
+    """input_ids and labels, both [T]; a label is IGNORED outside responses. row: its number in the file, from 1; prompt: what is said
+    before the last response."""
 
     input_ids: list[int]
     labels: list[int]
     row: int = 0
+    prompt: Said = ()
 
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """All before the last response."""
-        last = max(at for at, label in enumerate(self.labels) if label != IGNORED)
-        first = next((at + 1 for at in range(last, -1, -1) if self.labels[at] == IGNORED), 0)
-        return tuple(self.input_ids[:first])
+
+def said(messages: Sequence[Message]) -> Said:
+    return tuple((message["role"], " ".join(message["content"].split()).casefold()) for message in messages)
 
 
 def read_rows(path: Path) -> list[list[Message]]:
     """Each row as messages. Raises MissingFile, or DataError naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028, which JSON allows in a text
     except FileNotFoundError:
         raise MissingFile(f"{path}: not found") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -65,6 +67,11 @@ def _messages(line: str, where: str) -> list[Message]:
         raise DataError(f"{where}: the last message must be the assistant's response, and not empty")
     if messages[0]["role"] == "assistant":
         raise DataError(f"{where}: the first message is the assistant's; a response needs something to respond to")
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: half a character (a lone surrogate) in the {message['role']}'s text: {error.reason}") from None
     return messages
 
 
@@ -100,7 +107,7 @@ def tokenize(messages: list[Message], tokenizer: Any, max_tokens: int, where: st
         told = after
     if len(input_ids) > max_tokens:
         raise DataError(f"{where}: {len(input_ids)} tokens, at most {max_tokens} are used; shorten it or raise --max-tokens")
-    return Example(input_ids, labels)
+    return Example(input_ids, labels, prompt=said(messages[:-1]))
 
 
 def read_examples(path: Path, tokenizer: Any, max_tokens: int) -> list[Example]:

@@ -25,8 +25,8 @@ SAVES = 10
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): `share` of the rows, at least one, chosen by the seed, and all rows whose prompt one of them has: a
-    prompt that is trained on measures memory. Raises UsageError if none is left."""
+    """(to train on, held out): `share` of the rows, at least one, chosen by the seed, and all rows whose prompt one of them has, as
+    `leaks` compares prompts: one that is trained on measures memory. Raises UsageError if none is left."""
     count = max(1, round(share * len(examples)))
     chosen = random.Random(f"{seed} held out").sample(range(len(examples)), min(count, len(examples)))
     prompts = {examples[at].prompt for at in chosen}

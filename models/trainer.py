@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..artifact.errors import ModelError
+from ..artifact.errors import ModelError, first_line
 from ..artifact.manifest import read_json
 from ..artifact.names import CORES
 from .adapter import Adapter, read_cores, write_cores
@@ -168,6 +168,15 @@ class CoresTrainer(transformers.Trainer):
         self.report.metric(record)
 
     # Checkpoints: optimizer, scheduler, random numbers and the Trainer's own state are the Trainer's
+
+    def _save_checkpoint(self, *args: Any, **keywords: Any) -> None:
+        """Raises OSError where it cannot be written; torch.save has an error of its own for that."""
+        try:
+            super()._save_checkpoint(*args, **keywords)
+        except RuntimeError as error:
+            raise OSError(
+                f"{self.unfinished.writing}: the checkpoint cannot be written ({first_line(error)}); is the disk full?"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

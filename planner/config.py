@@ -9,6 +9,7 @@ from pathlib import Path
 from ..artifact.errors import UsageError
 from ..artifact.folders import check_new
 from ..artifact.shape import DTYPE_BYTES
+from ..models.plan_flags import NAMED
 from .calibration import CalibrationConfig
 from .needs import Needs
 from .proposal import CHOICES
@@ -83,6 +84,8 @@ class PlanConfig:
     def _check_out(self, out: Path) -> None:
         if out.is_dir():
             raise UsageError(f"{out}: is a folder; give --out a file")
+        if str(out) in NAMED:
+            raise UsageError(f"--out {out}: `--plan {out}` names a plan that plora has; give the file another name, or write ./{out}.json")
         if not out.absolute().parent.is_dir():
             raise UsageError(f"{out}: there is no folder {out.absolute().parent}")
         check_new(out, self.replace)

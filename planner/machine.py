@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from ..artifact.errors import DamagedFile, UsageError
@@ -40,10 +41,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Told:
-    """What a doctor's report says. device: None if its edge runs no layer there; overhead_seconds: of each round trip, beyond the
-    report's RTT, rates and compute; its RTT has frames and Python in it."""
+    """What a doctor's report says. device: None if none of its edges runs a layer there; head_seconds: as a Side has them;
+    overhead_seconds: of each round trip, beyond the report's RTT, rates and compute; its RTT has frames and Python in it."""
 
     device: Side | None
+    head_seconds: float
     cloud: Side
     link: LinkFigures
     overhead_seconds: float
@@ -66,19 +68,19 @@ def stated(text: str, flag: str) -> Side:
 
 
 def from_doctor(report: Any, path: str) -> Told:
-    """Of `plora-device doctor --json`. Raises DamagedFile for what is no such report."""
+    """Of `plora-device doctor --json`: the device as the edge with most layers there saw it, the rest as the first edge, whose plan the
+    cloud serves. Raises DamagedFile for what is no such report."""
     try:
-        edge = report["edges"][0]
-        layers = edge["front_layers"] + edge["back_layers"]
-        own, cloud = edge["device"], _curve(report["cloud"]["layer"])
-        parts = [_curve(own[part]) for part in ("front", "back") if edge[f"{part}_layers"]]
+        edge, cloud = report["edges"][0], _curve(report["cloud"]["layer"])
+        layers, device_edge = max(((each["front_layers"] + each["back_layers"], each) for each in report["edges"]), key=itemgetter(0))
+        parts = [_curve(device_edge["device"][part]) for part in ("front", "back") if device_edge[f"{part}_layers"]]
         rows = [row for row, _ in cloud.points]
         device = Curve(tuple((row, sum(part.seconds(row) for part in parts) / layers) for row in rows)) if layers else None
-        head = _curve(own["head"]).seconds(1)
+        head = _curve(device_edge["device"]["head"]).seconds(1)
         rtt, up, down = (report["link"][name] for name in ("rtt_seconds", "up_bits_per_second", "down_bits_per_second"))
         link = LinkFigures(rtt, rtt, rtt, 0.0, 1, up, down)
         overhead = Curve(((1, report["cloud"]["overhead_seconds"] / edge["round_trips"]),)).seconds(1)
-        return Told(Side(device, head, path) if device else None, Side(cloud, None, path, adapted=True), link, overhead)
+        return Told(Side(device, head, path) if device else None, head, Side(cloud, None, path, adapted=True), link, overhead)
     except (ArithmeticError, KeyError, IndexError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise DamagedFile(f"{path}: no report of `plora-device doctor --json` ({type(error).__name__}: {error})") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..artifact.errors import UsageError
 from ..artifact.folders import new_file
@@ -89,7 +89,9 @@ def _machines(config: PlanConfig, shape: DecoderShape, report: Report) -> tuple[
     told = from_doctor(read_json(config.doctor), str(config.doctor)) if config.doctor is not None else None
     if told is not None:
         device, cloud = device or told.device, cloud or told.cloud
-    device = device or measure(shape, config.device_threads, True, lambda line: report.note(f"device: {line}"))
+    device = device or measure(shape, config.device_threads, told is None, lambda line: report.note(f"device: {line}"))
+    if told is not None:
+        device = replace(device, head_seconds=told.head_seconds)
     cloud = cloud or measure(shape, config.cloud_threads, False, lambda line: report.note(f"cloud: {line}"))
     overhead = told.overhead_seconds if told is not None and config.link.rtt_millis is None else OVERHEAD_SECONDS
     return _link(config.link, told), device, cloud, overhead

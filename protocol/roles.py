@@ -222,6 +222,10 @@ class DeviceSession(Session):
         raise fault_error(fault)
 
 
+UNKNOWN_CODE = "unknown code"
+"""What an abort with any other number says: enums of proto3 are open, and the server counts sessions by what ended them."""
+
+
 class CloudSession(Session):
     """The cloud's role."""
 
@@ -383,7 +387,7 @@ class CloudSession(Session):
 
     def _on_abort(self, frame: pb.Abort) -> Aborted:
         known = frame.code in pb.FaultCode.values()
-        return Aborted(pb.FaultCode.Name(frame.code) if known else f"code {frame.code}")
+        return Aborted(pb.FaultCode.Name(frame.code) if known else UNKNOWN_CODE)
 
     def _on_ping(self, frame: pb.Ping) -> PingArrived:
         if frame.reply_bytes > MAX_PROBE_BYTES or len(frame.padding) > MAX_PROBE_BYTES or frame.padding.strip(b"\0"):

@@ -154,12 +154,18 @@ def test_a_doctors_report_says_the_rest(work: Path, world: World, tmp_path: Path
     assert told.cloud == Side(Curve(((1, 0.001), (9, 0.003))), None, "file", adapted=True)
     assert told.link == LinkFigures(0.03, 0.03, 0.03, 0.0, 1, 5e6, 6e6)
     assert told.overhead_seconds == 0.0004
+    bare = {**edge, "front_layers": 0, "back_layers": 0, "device": {**edge["device"], "head": {"1": 0.009}}}
+    assert from_doctor({**report, "edges": [bare, edge]}, "file").device == told.device  # whichever the cloud serves
+    assert from_doctor({**report, "edges": [bare]}, "file").device is None
     (tmp_path / "doctor.json").write_text(json.dumps(report))
     result = CliRunner().invoke(main, [str(work / "base"), "--doctor", str(tmp_path / "doctor.json"), "--rtt-ms", "70", "--json"])
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert facts["link"] == {"rtt_millis": 70, "up_mbit": 5, "down_mbit": 6}
     assert facts["device"] == {"layer_millis": {"1": 2, "9": 4}, "head_millis": 2, "origin": str(tmp_path / "doctor.json")}
+    flags = ["--doctor", str(tmp_path / "doctor.json"), "--device-ms-per-layer", "1:7,9:8", "--json"]
+    facts = json.loads(CliRunner().invoke(main, [str(work / "base"), *flags]).stdout)
+    assert facts["device"] == {"layer_millis": {"1": 7, "9": 8}, "head_millis": 2, "origin": "stated"}  # what is not stated is the report's
     wrong_links = ({}, None, {**link, "rtt_seconds": "0.03"}, {**link, "rtt_seconds": 0}, {**link, "up_bits_per_second": math.nan})
     wrongs: list[Any] = [[], {"edges": []}, {**report, "edges": [{**edge, "device": {}}]}, {**report, "cloud": {"layer": {"x": 1}}}]
     wrongs += [{**report, "link": wrong} for wrong in wrong_links]
@@ -710,6 +716,9 @@ def test_out_is_judged_before_anything_long(work: Path, tmp_path: Path, monkeypa
     result = run(work, "--out", str(tmp_path), "--replace")
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"{tmp_path}: is a folder; give --out a file" in result.stderr
+    result = run(work, "--out", "entry")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--out entry: `--plan entry` names a plan that plora has" in result.stderr
     monkeypatch.setattr("plora.artifact.folders.os.access", lambda *arguments: False)  # root may write everywhere
     result = run(work, "--out", str(tmp_path / "plan.json"))
     assert (result.exit_code, result.stdout) == (2, "")

@@ -755,7 +755,13 @@ def test_an_abort_tells_why() -> None:
     wire = at(State.COMPUTING)
     assert wire.to_cloud(wire.device.abort("BAD_TENSOR")) == Aborted("BAD_TENSOR")
     agree(wire, State.OVER, 0)
-    assert at(State.READY).cloud.receive(pb.Frame(abort=pb.Abort(code=99)).SerializeToString()) == Aborted("code 99")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("code", [-(2**31), -1, max(pb.FaultCode.values()) + 1, 4711, 2**31 - 1])
+def test_aborts_with_numbers_that_nobody_knows_are_all_alike(code: int) -> None:
+    """The server counts sessions by what ended them: a peer must not make up names for that."""
+    abort = pb.Frame(abort=pb.Abort(code=code)).SerializeToString()  # type: ignore[arg-type]
+    assert at(State.READY).cloud.receive(abort) == Aborted("unknown code")
 
 
 # Limits

@@ -17,7 +17,8 @@ import pytest
 from plora.artifact import DecoderShape
 from plora.artifact.errors import QuotaReached, ServerFull, UsageError
 from plora.artifact.shape import Rope
-from plora.cloud_server.cache import BLOCK_TOKENS, Pool
+from plora.cloud_server.budget import BLOCK_TOKENS
+from plora.cloud_server.cache import Pool
 from plora.cloud_server.quota import Quota, Refusal
 from plora.cloud_server.room import EVICTION_SECONDS, MOST_RETRY_MILLIS, Room
 from plora.device_runtime import open_session

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from plora.artifact import folders
 from plora.artifact.errors import (
     MissingFile,
     UsageError,
@@ -138,6 +139,74 @@ def test_a_self_signed_pair_for_hosts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="host names in ASCII"):
         tls.make_self_signed(("hündchen",), tmp_path / "no", 1)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_renewed_pair_leaves_the_folder_and_what_else_is_in_it(tmp_path: Path) -> None:
+    """A container has mounted that very folder, and another user may have to read the files."""
+    out = tmp_path / "it"
+    tls.make_self_signed(("localhost",), out, 30)
+    (out / "client-ca.pem").write_text("mine")
+    out.chmod(0o750)
+    (out / "cert.pem").chmod(0o604)
+    (out / "key.pem").chmod(0o640)
+    if os.geteuid() == 0:
+        for name in ("cert.pem", "key.pem"):
+            os.chown(out / name, 4711, 4712)
+    before, folder = {path.name: path.stat() for path in out.iterdir()}, out.stat()
+    fingerprint = tls.make_self_signed(("localhost",), out, 30, replace=True)
+    after = {path.name: path.stat() for path in out.iterdir()}
+    assert (out.stat().st_ino, out.stat().st_mode) == (folder.st_ino, folder.st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+    assert {name: (each.st_mode, each.st_uid, each.st_gid) for name, each in after.items()} == {
+        name: (each.st_mode, each.st_uid, each.st_gid) for name, each in before.items()
+    }
+    assert {name for name in after if after[name].st_ino != before[name].st_ino} == {"cert.pem", "key.pem"}  # each appears whole
+    tls.read(tls.Files(out / "cert.pem", out / "key.pem"))
+    assert tls.fingerprint(out / "cert.pem") == fingerprint
+
+
+def test_a_pair_beside_other_files_is_made_with_the_rights_of_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "client-ca.pem").write_text("mine")
+    tls.make_self_signed(("localhost",), tmp_path, 30, replace=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"cert.pem", "key.pem", "client-ca.pem"}
+    assert (tmp_path / "key.pem").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UsageError, match="--out .*client-ca.pem: not a folder"):
+        tls.make_self_signed(("localhost",), tmp_path / "client-ca.pem", 30, replace=True)
+    assert (tmp_path / "client-ca.pem").read_text() == "mine"
+
+
+def test_a_server_that_reads_in_the_middle_of_a_renewal_keeps_the_old_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "it"
+    tls.make_self_signed(("localhost",), out, 30)
+    credentials = tls.Credentials(tls.Files(out / "cert.pem", out / "key.pem"))
+    first, served = credentials.pair, []
+    replace = folders.os.replace
+
+    def shown(source: Path, target: Path) -> None:
+        replace(source, target)
+        credentials.refresh()
+        served.append(credentials.pair)
+
+    monkeypatch.setattr(folders.os, "replace", shown)
+    tls.make_self_signed(("localhost",), out, 30, replace=True)
+    assert [pair is first for pair in served] == [True, False]
+    assert served[1].certificate == (out / "cert.pem").read_bytes()
+    assert served[1].key == (out / "key.pem").read_bytes()
+
+
+def test_a_pair_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "it"
+    tls.make_self_signed(("localhost",), out, 30)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(UsageError, match="cert.pem and key.pem cannot be written there .No space left"):
+            tls.make_self_signed(("localhost",), out, 30, replace=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 # The device's side

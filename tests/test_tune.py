@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import re
+import resource
 import signal
 import stat
 import subprocess
@@ -22,6 +25,7 @@ from safetensors.torch import load_file
 from plora.artifact import ExchangePlan, entry_plan, grouped_plan, paper_plan
 from plora.artifact.errors import DataError, ModelError, PlanError, PloraError, UsageError
 from plora.artifact.names import ADAPTER_CONFIG, BASIS, CORES
+from plora.models import tune as tuning
 from plora.models.adapter import read_adapter
 from plora.models.checkpoint import read_base, read_tokenizer
 from plora.models.formula import adapted
@@ -201,6 +205,43 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(work: Path, tmp_path: Pa
     watcher = Interrupt(-1)
     tune(config(work, tmp_path / "out"), watcher)
     assert watcher.notes == ["resuming at step 6 of 12"]
+    tune(config(work, tmp_path / "whole"))
+    assert (tmp_path / "whole" / CORES).read_bytes() == (tmp_path / "out" / CORES).read_bytes()
+
+
+def test_a_checkpoint_that_does_not_fit_is_told(work: Path, tmp_path: Path) -> None:
+    """A limit of file sizes that torch.save meets first, which reports a full disk as an error of its own kind."""
+    out = tmp_path / "out"
+    flags = ["--plan", "entry", "--front-layers", "1", "--rank", "6", "--basis-kind", "random", "--steps", "3", "--device", "cpu"]
+    arguments = [str(work / "base"), "--data", str(work / "rows.jsonl"), "--out", str(out), *flags]
+    limits = (14_000, 14_000)
+    done = subprocess.run(
+        [command("plora-tune"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: \S+/out.unfinished/partial: the checkpoint cannot be written \(.+\); is the disk full\?; nothing saved yet: the same "
+        r"command starts anew",
+        done.stderr.strip(),
+    )
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_an_adapter_that_does_not_fit_is_written_by_the_same_command(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tuning, "write_adapter", full)
+    with pytest.raises(PloraError, match=r"No space left on device; saved up to step 12 of 12: the same command resumes there"):
+        tune(config(work, tmp_path / "out"))
+    monkeypatch.undo()
+    watcher = Interrupt(-1)
+    tune(config(work, tmp_path / "out"), watcher)
+    assert watcher.notes == ["resuming at step 12 of 12"]
     tune(config(work, tmp_path / "whole"))
     assert (tmp_path / "whole" / CORES).read_bytes() == (tmp_path / "out" / CORES).read_bytes()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from plora.models.checkpoint import Base, read_base, read_tokenizer
 from plora.models.formula import Cores
 from plora.models.leaks import NAMED, Rows, refuse_leaks
 from plora.models.packing import Pack, pack
-from plora.models.rows import IGNORED, Example, read_examples, read_rows, tokenize
+from plora.models.rows import IGNORED, Example, read_examples, read_rows, said, tokenize
 from plora.models.schedule import Batches, Schedule, split
 from plora.models.trainer import Tuned
 
@@ -172,7 +173,7 @@ def test_warm_up(steps: int, warmup: int) -> None:
 
 
 def test_held_out_rows_are_not_trained_on() -> None:
-    rows = [Example([n, 7], [IGNORED, 7], n) for n in range(1, 41)]
+    rows = [Example([n, 7], [IGNORED, 7], n, said(talk(f"{n}?", "7")[:-1])) for n in range(1, 41)]
     train, held = split(rows, 0.2, 0)
     assert len(held) == 8
     assert sorted(row.row for row in [*train, *held]) == list(range(1, 41))
@@ -182,18 +183,24 @@ def test_held_out_rows_are_not_trained_on() -> None:
         split(rows[:1], 0.3, 0)
 
 
-def test_rows_with_one_prompt_are_held_out_together() -> None:
-    """Whatever they answer; of a conversation, the prompt is all before the last response."""
-    rows = [Example([n % 10, n, 9], [IGNORED, n, 9], n) for n in range(1, 41)]
-    turns = [Example([3, n, 4, 8], [IGNORED, n, IGNORED, 8], n) for n in range(41, 45)]
-    assert rows[2].prompt == (3,)
-    assert turns[0].prompt == (3, 41, 4)
-    train, held = split([*rows, *turns], 0.1, 0)
-    assert not {row.prompt for row in train} & {row.prompt for row in held}
-    assert len(held) >= 4
-    assert sorted(row.row for row in [*train, *held]) == list(range(1, 45))
-    with pytest.raises(UsageError, match="0.1 of 4 rows with 1 prompts leaves none to train on"):
-        split([row for row in rows if row.prompt == (3,)], 0.1, 0)
+def test_rows_with_one_prompt_are_held_out_together(tmp_path: Path) -> None:
+    """Whatever they answer, and however prompts are spaced and capitalised; of a conversation, the prompt is all before the last response."""
+    path = tmp_path / "rows.jsonl"
+    prompts = [f"{'Where' if n % 2 else ' where '} is {n % 10 // 2}?" for n in range(40)]
+    turns = [[*talk("who?", f"{n}"), *talk("and then?", "home")] for n in range(4)]
+    lines = [{"messages": talk(prompt, f"there {n}")} for n, prompt in enumerate(prompts)] + [{"messages": each} for each in turns]
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    rows = read_examples(path, tiny_tokenizer(300), 64)
+    assert rows[0].prompt == (("user", "where is 0?"),)
+    assert rows[40].prompt == (("user", "who?"), ("assistant", "0"), ("user", "and then?"))
+    for seed in range(8):
+        train, held = split(rows, 0.1, seed)
+        assert not {row.prompt for row in train} & {row.prompt for row in held}
+        assert len(held) >= 4
+        assert sorted(row.row for row in [*train, *held]) == list(range(1, 45))
+        refuse_leaks(Rows.of(path, [row.row for row in train]), Rows.of(path, [row.row for row in held]), prompts=True)
+    with pytest.raises(UsageError, match="0.1 of 8 rows with 1 prompts leaves none to train on"):
+        split([row for row in rows if row.prompt == rows[0].prompt], 0.1, 0)
 
 
 # Leaks
@@ -243,6 +250,16 @@ def test_rows_that_the_chat_template_refuses_are_named(tmp_path: Path) -> None:
         read_examples(tmp_path / "rows.jsonl", tokenizer, 64)
 
 
+def test_a_text_may_hold_what_other_systems_end_lines_with(tmp_path: Path) -> None:
+    """JSON allows U+2028, U+2029 and U+0085 in a text as they are."""
+    text = "one\u2028two\u2029three\u0085four"
+    (tmp_path / "rows.jsonl").write_bytes(json.dumps({"prompt": "a", "response": text}, ensure_ascii=False).encode() + b"\r\n{}\r\n")
+    with pytest.raises(DataError, match="line 2: prompt is missing"):
+        read_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": text}, ensure_ascii=False), encoding="utf-8")
+    assert read_rows(tmp_path / "rows.jsonl") == [talk("a", text)]
+
+
 def test_a_conversation_that_the_assistant_opens(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "assistant", "content": "hello"}]}\n')
     with pytest.raises(DataError, match="line 1: the first message is the assistant's"):
@@ -251,7 +268,7 @@ def test_a_conversation_that_the_assistant_opens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
-    [('{"prompt": "a"}', "line 2: response is missing"), ("no", "line 2: not JSON"), ('{"prompt": "a", "response": "' + "b " * 99 + '"}', "row 2: .* tokens, at most 64")],
+    [('{"prompt": "a"}', "line 2: response is missing"), ("no", "line 2: not JSON"), (r'{"prompt": "a \ud83d", "response": "b"}', "line 2: half a character .* in the user's text"), ('{"prompt": "a", "response": "' + "b " * 99 + '"}', "row 2: .* tokens, at most 64")],
 )  # fmt: skip
 def test_a_bad_row_is_named(line: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plora.artifact.console import reports_errors
 from plora.artifact.shape import DecoderShape
-from plora.models.checkpoint import read_skeleton
+from plora.models.checkpoint import display_name, read_skeleton
 from plora.models.report import Console
 from plora.planner.calibration import Calibration, CalibrationConfig, calibrate
 from plora.planner.candidates import Candidate, grid
@@ -39,6 +40,7 @@ OTHER_BASIS = "paper"
 """Its basis is random, in the study; the planner's are pca."""
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="folder, hub id or GGUF [SmolLM2-135M-Instruct, as installed]")
@@ -47,15 +49,20 @@ def main() -> None:
     arguments = parser.parse_args()
     base = str(arguments.base or model_path())
     shape, _ = read_skeleton(base)
+    if UNIT not in candidates_of(shape):
+        parser.error(f"--base {base}: {shape.layers} layers do not make the groups of {UNIT}, which all is measured by")
+    store = Store(arguments.runs)
+    store.refuse_another_base(display_name(base))
     plans = grid(shape, RANK)
     tuned = {each: plans[each] for each in skeleton(shape.layers, plans, RANK)}
     SCRATCH.mkdir(parents=True, exist_ok=True)
     data, held_out = write_rows(SCRATCH)
     config = CalibrationConfig(data, held_out, steps=arguments.steps)
     calibration = calibrate(base, config, tuned, RANK, SCRATCH / "persona.calibration.json", Console(sys.stderr))
-    found = compare(calibration, Store(arguments.runs), shape)
+    found = compare(calibration, store, shape)
     print(json.dumps(found, indent=1))
-    print(write_results("quality-foretold", found, "python -m bench.quality.foretold"))
+    if arguments.runs == RUNS and arguments.steps == CALIBRATION_STEPS:
+        print(write_results("quality-foretold", found, "python -m bench.quality.foretold"))
 
 
 def write_rows(folder: Path) -> tuple[Path, Path]:

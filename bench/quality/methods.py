@@ -141,6 +141,7 @@ METHODS = {
         _under("entry-front-8", "entry plan, 8 front layers", _entry(front_layers=8)),
         _under("entry-rank-32", "entry plan, rank 32", _entry(rank=32)),
         _under("entry-rank-128", "entry plan, rank 128", _entry(rank=128)),
+        _under("entry-rank-192", "entry plan, rank 192, all that k and v are wide", _entry(rank=192), guess=1e-3),
         Method("bias-all", "static bias at all seven linear targets", 1e-2, lambda base, seed: StaticBias(base.model, TARGETS)),
     )
 }

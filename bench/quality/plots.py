@@ -18,7 +18,7 @@ BESIDE = 1.12
 CURVED = "gsm8k"
 CURVES = {
     "front layers on the device": {"entry-front-0": 0, "entry": 4, "entry-front-8": 8},
-    "rank": {"entry-rank-32": 32, "entry": 64, "entry-rank-128": 128},
+    "rank": {"entry-rank-32": 32, "entry": 64, "entry-rank-128": 128, "entry-rank-192": 192},
     "exchanges per token": {"entry": 0, "entry-exchanges-4": 4, "own-inputs": 30},
 }
 """What may bring the entry plan nearer to LoRA, by method. own-inputs has no front layers, as every layer is fed by its own input."""

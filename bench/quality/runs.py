@@ -72,21 +72,19 @@ def perform(bench: Bench, run: Run, tell: Callable[[str], None], beat: float = m
     began = time.monotonic()
     products = PRODUCTS[run.task]
     outcome: dict[str, Any] = {"base": display_name(bench.base), **asdict(run), "products": products}
-    if run.method == "base":
+    attached = None if run.method == "base" else METHODS[run.method].attach(base, run.seed)
+    try:
         base.model.to(bench.device)
-        outcome |= _judged(bench, run, beat)
-    else:
-        attached = METHODS[run.method].attach(base, run.seed)
-        try:
-            base.model.to(bench.device)
+        if attached is not None:
             attached.to(bench.device)
             outcome["parameters"] = sum(each.numel() for each in attached.parameters() if each.requires_grad)
             steps = batches(_task(bench, run.task), run.steps, run.seed)
             outcome["train_loss"] = train(base.model, attached, base.shape.windows, steps, run.rate, products, tell)
-            outcome |= _judged(bench, run, beat)
-        finally:
+        outcome |= _judged(bench, run, beat)
+    finally:
+        if attached is not None:
             attached.remove()
-            base.model.to("cpu").requires_grad_(False)
+        base.model.to("cpu").requires_grad_(False)
     outcome["seconds"] = round(time.monotonic() - began, 1)
     return outcome
 

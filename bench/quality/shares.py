@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from plora.artifact.console import reports_errors
 from plora.artifact.cost import payload
 from plora.artifact.plan import ExchangePlan
 from plora.artifact.shape import DecoderShape
@@ -26,7 +27,7 @@ from .losses import Losses, refuse_unlike, share
 from .methods import METHODS, Method
 from .runs import Store
 from .study import ROWS, RUNS, SEVEN, STEPS
-from .tasks import DATA, NAMES, Sizes, gsm8k_test_rows
+from .tasks import DATA, NAMES, Sizes, check_data, gsm8k_test_rows
 
 REFERENCE, CONTROL = "lora", "control"
 
@@ -148,8 +149,9 @@ def device_multiplications(plan: ExchangePlan, shape: DecoderShape) -> int:
     return len(plan.device_layers) * layer_values(shape) + cores + entry + shape.vocabulary * shape.hidden
 
 
+@reports_errors
 def main() -> None:
-    from plora.models.checkpoint import locate, read_skeleton, read_tokenizer
+    from plora.models.checkpoint import display_name, locate, read_skeleton, read_tokenizer
 
     from ..run import model_path
     from .plots import plot
@@ -162,8 +164,11 @@ def main() -> None:
     arguments = parser.parse_args()
     base = str(arguments.base or model_path())
     shape, _ = read_skeleton(base)
+    store = Store(arguments.runs)
+    store.refuse_another_base(display_name(base))
+    check_data(arguments.data)
     test_rows = gsm8k_test_rows(read_tokenizer(locate(base)), Sizes(), arguments.data)
-    found = figures(Store(arguments.runs), shape.layers, shape, arguments.times, test_rows)
+    found = figures(store, shape.layers, shape, arguments.times, test_rows)
     for task in NAMES:
         if task in found:
             print_task(task, found[task])

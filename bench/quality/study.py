@@ -1,5 +1,5 @@
 """The whole study, one command: `python -m bench.quality.study`. Every method on every task at the best of its
-learning rates; the headline's other seeds, and those of LoRA and biases on all seven projections.
+learning rates; the other seeds of the headline and of a few more.
 
 What has been run is kept in docs/results/quality-runs.jsonl and not run again; Ctrl-C loses the runs in progress and no other.
 `python -m bench.quality.shares` makes the figures of what there is, at any time.
@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plora.artifact.errors import UsageError
+from plora.artifact.console import reports_errors
 from plora.models.checkpoint import display_name
 
 from ..conditions import RESULTS
 from ..run import model_path
 from .methods import HEADLINE, METHODS
 from .runs import Bench, Run, Store, check_tasks, key_of, perform
-from .tasks import DATA, NAMES
+from .tasks import DATA, NAMES, check_data
 
 STEPS = {"gsm8k": 24, "e2e": 48, "persona": 130}
 """At --times 1, which is sized for two cores."""
@@ -35,7 +35,9 @@ SPEAKERS = ("base", "lora", "entry")
 """Methods whose answers to GSM8K are read: the base is hardly able to give any, so they tell little."""
 SEVEN = ("lora-all", "bias-all")
 """What tunes all seven projections without a plan: the yardsticks of plans that have as many targets."""
-GSM8K_CURVES = ("entry-front-0", "entry-front-8", "entry-rank-32", "entry-rank-128")
+LATER = (*SEVEN, "entry-rank-128")
+"""Rows beside the headline that have its seeds, too; the last came nearest to LoRA on GSM8K."""
+GSM8K_CURVES = ("entry-front-0", "entry-front-8", "entry-rank-32", "entry-rank-128", "entry-rank-192")
 """Front layers and ranks where one round trip falls short of LoRA."""
 ROWS = {
     "persona": (*HEADLINE, *SEVEN, "entry-exchanges-4", "entry-qkv", "entry-2048", "entry-features-64", "entry-512"),
@@ -53,7 +55,7 @@ def asked(task: str, method: str) -> int:
 
 def wanted_runs(store: Store, methods: list[str], tasks: tuple[str, ...], seeds: int, times: float) -> Iterator[tuple[Run, float]]:
     """What can be done now, in order, each with the validation loss to beat: the bases; of the headline the next try of every search, then
-    the other seeds; the searches of the other methods, and the other seeds of those that plans with seven targets are compared with."""
+    the other seeds; the searches of the other methods, and the other seeds of some."""
     for task in tasks:
         yield Run(task, "base", 0.0, 0, 0, asked(task, "base")), math.inf
     steps = {task: round(STEPS[task] * times) for task in tasks}
@@ -61,7 +63,7 @@ def wanted_runs(store: Store, methods: list[str], tasks: tuple[str, ...], seeds:
     yield from _searches(store, headline, steps)
     yield from _other_seeds(store, headline, steps, seeds)
     yield from _searches(store, [each for each in methods if each not in HEADLINE], steps)
-    yield from _other_seeds(store, [each for each in methods if each in SEVEN], steps, seeds)
+    yield from _other_seeds(store, [each for each in methods if each in LATER], steps, seeds)
 
 
 def _other_seeds(store: Store, methods: list[str], steps: dict[str, int], seeds: int) -> Iterator[tuple[Run, float]]:
@@ -100,6 +102,7 @@ def work(bench: Bench, threads: int, todo: Any, done: Any) -> None:
         done.put(perform(bench, run, lambda text: None, beat))
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="folder, hub id or GGUF [SmolLM2-135M-Instruct, as installed]")
@@ -107,9 +110,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder of gsm8k/ and e2e/ [{DATA.relative_to(DATA.parent.parent)}]")
     parser.add_argument("--methods", default=",".join(METHODS), help="rows of the study, in the order to run them")
     parser.add_argument("--tasks", default=",".join(NAMES))
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="of the headline rows and of what tunes all seven projections; the others have one [3]"
-    )
+    parser.add_argument("--seeds", type=int, default=3, help=f"of the headline rows, {', '.join(LATER)}; the others have one [3]")
     parser.add_argument("--times", type=float, default=1.0, help="so many times the steps: to convergence where a GPU can be had [1]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each on a CPU [2]")
     parser.add_argument("--runs", type=Path, default=RUNS, help="file of what has been run; the committed study unless said")
@@ -120,10 +121,9 @@ def main() -> None:
         parser.error(f"--methods {','.join(unknown)}: expected some of {', '.join(METHODS)}")
     bench = Bench(str(arguments.base or model_path()), arguments.device, arguments.data)
     store = Store(arguments.runs)
-    try:
-        store.refuse_another_base(display_name(bench.base))
-    except UsageError as error:
-        parser.error(str(error))
+    store.refuse_another_base(display_name(bench.base))
+    check_data(arguments.data)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has us ignore it
     run_all(bench, store, methods, tasks, arguments.seeds, arguments.times, arguments.workers)
 
 

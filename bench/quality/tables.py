@@ -39,10 +39,11 @@ def _task(task: str, of_task: dict[str, Any], methods: dict[str, Any]) -> str:
         "share of seven [95 %]",
         "plain",
         "nats per token",
+        "seeds",
     ]
     header += [MEASURES[name][0] for name in measures]
     lines = []
-    for name, each in sorted(of_task["methods"].items(), key=lambda item: item[1]["nll"]):
+    for name, each in _best_first(of_task).items():
         words = methods[name]["words"] if name in methods else "the base, nothing tuned"
         low, high = each.get("interval", (0.0, 0.0))
         learned = name not in ("base", "control", "lora")
@@ -56,10 +57,16 @@ def _task(task: str, of_task: dict[str, Any], methods: dict[str, Any]) -> str:
                 _of_seven(each),
                 _percent(each["plain_improvement"]) if "plain_improvement" in each else _percent(0),
                 f"{each['nll']:.3f}",
+                str(each["seeds"]),
                 *(MEASURES[key][2].format(MEASURES[key][1] * each[key]) if key in each else "" for key in measures),
             ]
         )
     return f"{title}\n\n{_table(header, lines)}{_test_set(of_task)}"
+
+
+def _best_first(of_task: dict[str, Any]) -> dict[str, Any]:
+    """Methods by share; losses of unlike seeds have no order. The base, which has none, at the end."""
+    return dict(sorted(of_task["methods"].items(), key=lambda item: -item[1].get("share", -math.inf)))
 
 
 def _test_set(of_task: dict[str, Any]) -> str:
@@ -68,7 +75,7 @@ def _test_set(of_task: dict[str, Any]) -> str:
         return ""
     shares = [
         f"`{name}` {_percent(found[name])} [{', '.join(map(_percent, found[f'{name}_interval']))}]"
-        for name in sorted(of_task["methods"], key=lambda name: of_task["methods"][name]["nll"])
+        for name in _best_first(of_task)
         if name in found
     ]
     return f"\n\nShares on the {found['rows']} rows of the test set alone: {', '.join(shares)}."

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plora.artifact.errors import MissingFile
 from plora.models.leaks import Rows, refuse_leaks
 from plora.models.rows import Example, tokenize
 
@@ -85,6 +86,18 @@ class Texts(NamedTuple):
     groups: int
 
 
+def check_data(data: Path) -> None:
+    """Raises MissingFile for a folder without the data sets; the persona's "other text" is of one of them, too."""
+    for path in (
+        data / "gsm8k" / "train.jsonl",
+        data / "gsm8k" / "test.jsonl",
+        data / "e2e" / "train_small.csv",
+        data / "e2e" / "test.csv",
+    ):
+        if not path.is_file():
+            raise MissingFile(f"{path}: not found; --data FOLDER says where gsm8k/ and e2e/ lie")
+
+
 def load(name: str, tokenizer: Any, sizes: Sizes, data: Path = DATA) -> Task:
     """Raises DataError for prompts that two of the task's parts share, and for a row that is too long, naming the rows."""
     loaders: dict[str, Callable[[], Texts]] = {
@@ -127,7 +140,7 @@ def _gsm8k(tokenizer: Any, sizes: Sizes, data: Path) -> Texts:
 def _short_gsm8k(tokenizer: Any, sizes: Sizes, data: Path, name: str) -> list[list[Text]]:
     """Questions and answers without the calculator's annotations, rows of at most `gsm8k_tokens` tokens."""
     found: list[list[Text]] = []
-    for number, line in enumerate((data / "gsm8k" / name).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate((data / "gsm8k" / name).read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         row = json.loads(line)
         text = Text(number, row["question"], CALCULATOR.sub("", row["answer"]))
         if len(_row(tokenizer, text).input_ids) <= sizes.gsm8k_tokens:
@@ -183,5 +196,5 @@ def _shuffled(seed: str, items: Sequence[Any]) -> list[Any]:
 
 def other_texts(data: Path = DATA, count: int = 64) -> list[str]:
     """Text that no task here trains on as such: GSM8K's test questions, to see what tuning a persona costs elsewhere."""
-    lines = (data / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    lines = (data / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")[:count]
     return [json.loads(line)["question"] for line in lines]
