@@ -147,7 +147,7 @@ def test_names_and_days_that_cannot_be(tokens: Path) -> None:
     for days in (0, -1, math.nan, 1e9):
         with pytest.raises(UsageError, match="--days"):
             token_file.add(tokens, "ann", days, None)
-    with pytest.raises(UsageError, match="--user-sessions -1"):
+    with pytest.raises(UsageError, match="--sessions -1"):
         token_file.add(tokens, "ann", None, {"sessions": -1})
     assert not tokens.exists()
     with pytest.raises(MissingFile, match="plora-cloud token add"):
