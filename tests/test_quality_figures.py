@@ -224,3 +224,18 @@ def test_the_planners_rows_are_the_studys(tmp_path: Path) -> None:
     assert (len(trained), len(held_out)) == (208, 96)
     assert not {each["prompt"] for each in trained} & {each["prompt"] for each in held_out}
     assert {each["response"] for each in held_out} < {each["response"] for each in trained}
+
+
+def test_the_committed_forecast_is_of_the_committed_runs() -> None:
+    written = json.loads((RESULTS / "quality-foretold.json").read_text(encoding="utf-8"))
+    plans = grid(SHAPE, methods.RANK)
+    candidates = {each.words: each for each in skeleton(SHAPE.layers, plans, methods.RANK)}
+    losses = [Loss(name, candidates.get(name), each["rate"], each["held_out_loss"]) for name, each in written["tunes"].items()]
+    assert {each.name for each in losses} == {"control", *candidates}
+    steps = written["steps"]["planner"]
+    calibration = Calibration(FORMAT, VERSION, "", "", sizes(SHAPE), steps, 208, 96, tuple(each.name for each in losses), tuple(losses))
+    found = foretold.compare(calibration, runs.Store(study.RUNS), SHAPE)
+    for part in ("plans", "pairs", "pairs_in_order", "steps"):
+        (one, numbers), (other, expected) = flat(found[part]), flat(written[part])
+        assert one == other
+        assert numbers == pytest.approx(expected, rel=1e-6)
