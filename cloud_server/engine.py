@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..artifact.errors import DamagedFile, UsageError
+from ..artifact.errors import DamagedFile, UsageError, first_line
 from ..artifact.manifest import CloudManifest, check_files, read_manifest, require_file
 from ..artifact.names import CLOUD_GRAPH
 from ..artifact.walk import Leg, legs
@@ -101,7 +101,7 @@ class Engine:
                 warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated", DeprecationWarning)
                 graph = torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError as error:
-            raise DamagedFile(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
+            raise DamagedFile(f"{path}: not a TorchScript file: {first_line(error)}") from None
         found = len(list(graph.segments.children()))
         if found != len(self.contract.plan.segments):
             raise DamagedFile(f"{path}: {found} segments, the plan has {len(self.contract.plan.segments)}")

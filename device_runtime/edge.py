@@ -11,7 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..artifact.edge_layout import graph_names, injection_graph, layer_graph, layer_slices
-from ..artifact.errors import DamagedFile, UsageError
+from ..artifact.errors import DamagedFile, UsageError, first_line
 from ..artifact.manifest import EdgeManifest, check_files, read_manifest, require_file
 from ..artifact.names import (
     CORES,
@@ -75,7 +75,7 @@ class Edge:
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own unexported kinds
-            raise DamagedFile(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from None
+            raise DamagedFile(f"{path}: onnxruntime cannot load it: {first_line(error)}") from None
 
     def _dtype(self) -> np.dtype[Any]:
         """Of tables and layers."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,10 @@ def tune(config: TuneConfig, report: Report | None = None) -> dict[str, Any]:
         if processes.is_main_process and not goes_on:
             unfinished.remove()
             adapter = _start(config, base, plan, kept)
-            with _told_of_disks(lambda: "nothing is kept: the same command starts anew"):
+            try:
                 unfinished.begin(settings, adapter)
+            except OSError as error:
+                raise PloraError(f"{error}; nothing is kept: the same command starts anew") from error
         processes.wait_for_everyone()
         return _run(config, base, unfinished, arguments, Batches(examples, schedule), held_out, report)
 
@@ -91,37 +92,28 @@ def _run(
             report.note(f"resuming at step {checkpoint[0]} of {schedule.steps}")
         elif held_out:
             trainer.evaluate()
-        with _told_of_disks(lambda: _leave(unfinished, schedule)):
-            trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint is not None else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint is not None else None)
+        summary = _summary(trainer, batches, held_out)
+        if trainer.is_world_process_zero():
+            metrics = "".join(json.dumps(record) + "\n" for record in [*trainer.records, summary])
+            text = card(adapter.config, base.name, config.out.name, summary, arguments.learning_rate, config.calibration is not None)
+            write_adapter(cores.tuned(adapter), config.out, config.replace, private={METRICS: metrics}, public={CARD: text})
+            unfinished.remove()
+        return summary
     except KeyboardInterrupt:
         raise Interrupted(_leave(unfinished, schedule)) from None
     except ModelError:  # the same command would only meet it again
         if trainer.is_world_process_zero():
             unfinished.remove()
         raise
+    except OSError as error:  # a full disk, say
+        raise PloraError(f"{error}; {_leave(unfinished, schedule)}") from error
     except BaseException:
         _leave(unfinished, schedule)
         raise
     finally:
         report.close()
         cores.remove()
-    summary = _summary(trainer, batches, held_out)
-    if trainer.is_world_process_zero():
-        metrics = "".join(json.dumps(record) + "\n" for record in [*trainer.records, summary])
-        text = card(adapter.config, base.name, config.out.name, summary, arguments.learning_rate, config.calibration is not None)
-        with _told_of_disks(lambda: _leave(unfinished, schedule)):
-            write_adapter(cores.tuned(adapter), config.out, config.replace, private={METRICS: metrics}, public={CARD: text})
-        unfinished.remove()
-    return summary
-
-
-@contextmanager
-def _told_of_disks(left: Callable[[], str]) -> Iterator[None]:
-    """Raises PloraError for what cannot be written: a full disk, say. left: keeps what is there, and says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise PloraError(f"{error}; {left()}") from error
 
 
 def _leave(unfinished: Unfinished, schedule: Schedule) -> str:
