@@ -50,6 +50,16 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def half_character(text: str) -> str | None:
+    """The first lone surrogate of a text and where it stands, None for text that UTF-8 can hold. So does Python hold a byte that is no
+    text, or a character that was cut."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+    return None
+
+
 class PloraError(Exception):
     """Base of all errors that a user can act on."""
 

@@ -12,7 +12,7 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from ..artifact.errors import DamagedFile, UsageError
+from ..artifact.errors import DamagedFile, UsageError, half_character
 from ..artifact.manifest import EdgeManifest, read_json, require_file
 from ..artifact.names import CHAT_TEMPLATE, GENERATION, TOKENIZER
 from ..artifact.strict import decode
@@ -76,12 +76,9 @@ class Text:
 
 
 def _require_utf8(text: str) -> str:
-    """`text` as it is. Raises UsageError for a lone surrogate: so does Python hold a byte that is no text, or a character that was cut."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
-        raise UsageError(f"the prompt is not UTF-8 text ({found} is half of a character); send whole characters, in UTF-8") from None
+    """`text` as it is. Raises UsageError for half a character."""
+    if found := half_character(text):
+        raise UsageError(f"the prompt is not UTF-8 text ({found} is half of a character); send whole characters, in UTF-8")
     return text
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..artifact.errors import DataError, MissingFile
+from ..artifact.errors import DataError, MissingFile, half_character
 
 IGNORED = -100
 """Label that transformers' loss leaves out."""
@@ -68,10 +68,8 @@ def _messages(line: str, where: str) -> list[Message]:
     if messages[0]["role"] == "assistant":
         raise DataError(f"{where}: the first message is the assistant's; a response needs something to respond to")
     for message in messages:
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: half a character (a lone surrogate) in the {message['role']}'s text: {error.reason}") from None
+        if found := half_character(message["content"]):
+            raise DataError(f"{where}: half a character (a lone surrogate) in the {message['role']}'s text: {found}")
     return messages
 
 
